@@ -1,0 +1,509 @@
+"""What every run needs, and metrics. No method lives here: the five scripts only call it.
+
+Run contract
+    seeds       one `--seed`, one independent generator per purpose (`numpy_generator`, `torch_generator`,
+                `seed_torch`). A generator is a pure function of (seed, purpose, round, client, ...), so
+                nothing has to be stored to resume, and work may move between processes.
+    files       `Run` owns `--out-dir`: config.json, log.jsonl, checkpoint.pt, result.json, a figure and
+                a copy of the script. Every file is written under a temporary name and renamed.
+    resume      `Run.save` after each round, `Run.load` at the start: a run killed at any moment and
+                resumed ends with the numbers of the uninterrupted one, bit for bit (CPU).
+    processes   under torchrun, `Run.share` splits a list over the ranks and `Run.gather` merges the
+                results in every rank. Only rank 0 writes and prints.
+    errors      `UserError` becomes one line on stderr and exit code 2 (NaN: 3, Ctrl-C: 130).
+
+Typical use, at the bottom of a script:
+
+    parser = common.Parser(__doc__)
+    common.add_run_arguments(parser)
+    ...
+    if __name__ == "__main__":
+        common.run_cli(main)
+"""
+import argparse
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# Errors: one clear line instead of a traceback
+# ------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend. `run_cli` prints it as one line and exits with `code`."""
+
+    def __init__(self, message, code=2):
+        super().__init__(" ".join(str(message).split()))
+        self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows the whole header as its help and complains in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: a finite `kind` (int or float) with low <= value <= high and value > above."""
+    wanted = [f"{kind.__name__}"] + [f"{sign} {bound}" for sign, bound in
+                                     ((">=", low), ("<=", high), (">", above)) if bound is not None]
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not np.isfinite(value) or (low is not None and value < low) \
+                or (high is not None and value > high) or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"expected {' '.join(wanted)}, got {text!r}")
+        return value
+    return parse
+
+
+def run_cli(main):
+    """Call `main()`; turn what a user can cause into one line on stderr and an exit code."""
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        code = error.code
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # outside a Run: nothing of ours was at risk
+        code = 130
+        print("interrupted before the run began; nothing to resume", file=sys.stderr)
+    except torch.cuda.OutOfMemoryError:
+        code = 2
+        print("error: the GPU is out of memory; use a smaller model or batch, or --device cpu",
+              file=sys.stderr)
+    except OSError as error:  # disk full, no permission, a folder where a file should be
+        code = 2
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_finite(value, what):
+    """`value` (a number or a tensor of any shape) unless it holds NaN or infinity: UserError, code 3."""
+    if not torch.isfinite(torch.as_tensor(value)).all():
+        raise UserError(f"{what} is not finite (NaN or infinity); try a smaller learning rate. "
+                        "The last checkpoint is intact", code=3)
+    return value
+
+
+# ------------------------------------------------------------------------------------------------
+# Seeds
+# ------------------------------------------------------------------------------------------------
+
+
+def seed_for(seed, *purpose):
+    """A 63-bit seed that depends on `seed` and every word of `purpose`, e.g. ("partition",)."""
+    digest = hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def numpy_generator(seed, *purpose):
+    """An independent np.random.Generator for one purpose."""
+    return np.random.default_rng(seed_for(seed, *purpose))
+
+
+def torch_generator(seed, *purpose, device="cpu"):
+    """An independent torch.Generator for one purpose."""
+    return torch.Generator(device).manual_seed(seed_for(seed, *purpose))
+
+
+def seed_torch(seed, *purpose):
+    """Seed torch's global generators (dropout uses them) for one purpose."""
+    torch.manual_seed(seed_for(seed, *purpose))
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hold_interrupts():
+    """Let a Ctrl-C that arrives inside the block wait for its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending = []
+    before = signal.signal(signal.SIGINT, lambda *caught: pending.append(caught))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pending:
+            raise KeyboardInterrupt
+
+
+def atomic_write(path, write):
+    """Call write(temporary_path), then rename it to `path`: readers see all of a file or none of it.
+
+    The temporary name keeps the suffix of `path`, so that savers which look at it (matplotlib) work.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with hold_interrupts():
+        try:
+            write(temporary)
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """`value` as readable JSON, atomically."""
+    atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def load_tensors(path, expected):
+    """torch.load of a file that torch.save wrote (no code is run); UserError when it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected {expected}") from None
+    except Exception as error:  # torch raises many types here: a zip, pickle, runtime or key error
+        kind = "truncated or damaged" if zipfile.is_zipfile(path) is False else "not readable"
+        raise UserError(f"{path} is {kind} ({type(error).__name__}); expected {expected}") from None
+
+
+def cache_key(*parts):
+    """A short hash of everything that made a cached file (settings, source text, other keys)."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------
+# One run
+# ------------------------------------------------------------------------------------------------
+
+# Settings that may differ between a run and its continuation: they do not change the numbers.
+VOLATILE = {"resume", "overwrite", "out_dir", "data_dir", "device", "threads", "workers"}
+
+
+def add_run_arguments(parser):
+    """The flags that all five scripts share."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, low=0), default=0,
+                       help="fixes data partition, client sampling, initial draws and training "
+                            "noise, each with a generator of its own (default %(default)s)")
+    group.add_argument("--device", default="auto",
+                       help="auto, cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
+    group.add_argument("--threads", type=number(int, low=1), default=None,
+                       help="CPU threads for torch (default: 1 for the small offline models, "
+                            "which are slower with more; torch's own choice otherwise)")
+    group.add_argument("--out-dir", type=Path, default=None,
+                       help="where results go (default: the next free runs/<script>-<dataset>-N)")
+    group.add_argument("--data-dir", type=Path, default=Path("data"),
+                       help="data sets, weights and caches (default ./%(default)s)")
+    group.add_argument("--resume", action="store_true",
+                       help="continue the run in --out-dir (without it: the newest one)")
+    group.add_argument("--overwrite", action="store_true",
+                       help="replace the results in --out-dir")
+    return group
+
+
+class Run:
+    """One run of a script: its folder, log, checkpoint, processes and device.
+
+    with Run(args, title) as run:          # title names the default folder: runs/<title>-N
+        state = run.load() or fresh_state
+        for round in run.progress(range(...)):
+            ...
+            run.log(round=..., loss=...)   # a row of log.jsonl and a line on the console
+            run.save(state)                # tensors, numbers, strings, lists and dicts only
+        run.finish(result)                 # result.json and the RESULT line
+
+    resume_may_change: settings (names) that a continuation may change, e.g. {"rounds"}.
+    """
+
+    def __init__(self, args, title, resume_may_change=()):
+        self.args, self.title = args, title
+        self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())}
+        self.may_change = VOLATILE | set(resume_may_change)
+        self.rows, self.saved_at, self.started = [], None, time.time()
+        self.columns = None
+        torch.set_flush_denormal(True)  # tiny models on a CPU drift into denormals, 10 times slower
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self._join_processes()
+        self.device = self._pick_device(args.device)
+        self.out_dir = self._pick_folder()
+
+    # -- processes ------------------------------------------------------------------------------
+
+    def _join_processes(self):
+        self.rank, self.world, self.group = 0, int(os.environ.get("WORLD_SIZE", 1)), None
+        if self.world > 1:
+            forever = datetime.timedelta(days=7)  # a rank may wait for a download or a pre-training
+            dist.init_process_group(timeout=forever)
+            self.rank = dist.get_rank()
+            self.group = dist.new_group(backend="gloo", timeout=forever)  # for Python objects
+
+    def share(self, items):
+        """This process's part of a list."""
+        return list(items)[self.rank::self.world]
+
+    def gather(self, part):
+        """The union of all processes' dicts, the same in every process. Tensors come back on the CPU."""
+        if self.world == 1:
+            return part
+        parts = [None] * self.world
+        dist.all_gather_object(parts, _to_cpu(part), group=self.group)
+        return {key: value for p in parts for key, value in p.items()}
+
+    @contextlib.contextmanager
+    def rank_zero_first(self):
+        """Rank 0 runs the block (and fills a cache), then the others do (and find it)."""
+        if self.world > 1 and self.rank > 0:
+            dist.barrier(group=self.group)
+        yield
+        if self.world > 1 and self.rank == 0:
+            dist.barrier(group=self.group)
+
+    def _pick_device(self, name):
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise UserError(f"--device {name} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
+            index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+            if index >= torch.cuda.device_count():
+                raise UserError(f"there is no GPU {index}; torch sees {torch.cuda.device_count()}")
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        elif device.type == "mps" and not torch.backends.mps.is_available():
+            raise UserError("--device mps, but torch has no Metal support here; use --device cpu")
+        elif device.type not in ("cpu", "mps"):
+            raise UserError(f"--device {name} is not supported; use auto, cpu, cuda, cuda:N or mps")
+        return device
+
+    # -- the folder -----------------------------------------------------------------------------
+
+    def _pick_folder(self):
+        choice = [None]
+        if self.rank == 0:
+            choice[0] = self._prepare_folder()
+        if self.world > 1:
+            dist.broadcast_object_list(choice, src=0, group=self.group)
+        return choice[0]
+
+    def _prepare_folder(self):
+        args = self.args
+        folder = args.out_dir
+        if folder is None:
+            taken = {int(p.name.rpartition("-")[2]): p for p in Path("runs").glob(f"{self.title}-*")
+                     if re.fullmatch(re.escape(self.title) + r"-\d+", p.name)}
+            if args.resume and not taken:
+                raise UserError(f"--resume: there is no run in runs/{self.title}-N yet; "
+                                "name one with --out-dir")
+            newest = max(taken, default=0)
+            folder = taken[newest] if args.resume else Path("runs") / f"{self.title}-{newest + 1}"
+        if args.resume:
+            if not (folder / "checkpoint.pt").exists() and not (folder / "config.json").exists():
+                raise UserError(f"--resume: {folder} holds no run of this script")
+            return folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out-dir {folder} is a file; name a folder")
+        ours = ["checkpoint.pt", "result.json", "log.jsonl"]
+        if any((folder / name).exists() for name in ours):
+            if not args.overwrite:
+                raise UserError(f"{folder} holds results already; add --resume to continue, "
+                                "--overwrite to replace them, or choose another --out-dir")
+            for name in ours:
+                (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None and self.world > 1:
+            dist.barrier(group=self.group)
+            dist.destroy_process_group()
+        if kind is KeyboardInterrupt:
+            if self.rank == 0:
+                words = [w for w in sys.argv if w not in ("--resume", "--overwrite")]
+                if "--out-dir" not in " ".join(words):
+                    words += ["--out-dir", str(self.out_dir)]
+                command = shlex.join(["python", *words, "--resume"])
+                print(f"\ninterrupted; saved: {self.saved_at or 'nothing new'}. Continue with: {command}",
+                      file=sys.stderr)
+            sys.exit(130)
+        return False
+
+    # -- checkpoint -----------------------------------------------------------------------------
+
+    def begin(self, resolved=None):
+        """Write config.json and the script's copy; `resolved`: settings that were filled in later."""
+        self.settings.update({k: str(v) if isinstance(v, Path) else v for k, v in (resolved or {}).items()})
+        if self.rank:
+            return
+        script = Path(sys.argv[0])
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        if not self.args.resume:
+            write_json(self.out_dir / "config.json",
+                       {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions,
+                        "device": str(self.device), "processes": self.world})
+        if script.suffix == ".py" and script.exists():
+            atomic_write(self.out_dir / script.name, functools.partial(shutil.copyfile, script))
+        self.say(" ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None))
+        self.say(f"results in {self.out_dir}")
+
+    def save(self, state, at):
+        """Checkpoint `state`; `at` says in words what is safe now ("round 3")."""
+        if self.rank == 0:
+            content = {"script": self.title, "settings": self._fixed(), "rows": self.rows,
+                       "state": _to_cpu(state)}
+            atomic_write(self.out_dir / "checkpoint.pt", lambda p: torch.save(content, p))
+        self.saved_at = at
+
+    def load(self):
+        """The state that `save` wrote, or None when this run does not resume (or had saved nothing)."""
+        path = self.out_dir / "checkpoint.pt"
+        if not self.args.resume or not path.exists():
+            return None
+        content = load_tensors(path, "a checkpoint of this script")
+        if not isinstance(content, dict) or content.get("script") != self.title or "state" not in content:
+            raise UserError(f"{path} is not a checkpoint of {self.title}; choose another --out-dir")
+        saved, now = content["settings"], self._fixed()
+        for key in sorted(set(saved) | set(now)):
+            if saved.get(key) != now.get(key):
+                raise UserError(f"--resume: {path} was made with {key}={saved.get(key)}, this command "
+                                f"says {key}={now.get(key)}; use the same settings or another --out-dir")
+        self.rows = content["rows"]
+        if self.rank == 0:  # rows of a round that was logged but not saved are dropped
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            atomic_write(self.out_dir / "log.jsonl", lambda p: p.write_text(lines))
+        return content["state"]
+
+    def _fixed(self):
+        return {k: v for k, v in self.settings.items() if k not in self.may_change}
+
+    # -- console --------------------------------------------------------------------------------
+
+    def say(self, text):
+        """A line for a person: only on a terminal, so that redirected output holds tables and RESULT."""
+        if self.rank == 0 and sys.stdout.isatty():
+            tqdm.write(text)
+
+    def log(self, **row):
+        """A row of log.jsonl, and an aligned line on the console (a header whenever columns change)."""
+        row["seconds"] = round(time.time() - self.started, 2)
+        self.rows.append(row)
+        if self.rank:
+            return
+        with open(self.out_dir / "log.jsonl", "a") as handle:
+            handle.write(json.dumps(row) + "\n")
+        width = {k: max(len(k), 9 if isinstance(v, float) else len(str(v))) for k, v in row.items()}
+        if list(row) != self.columns:
+            self.columns = list(row)
+            self.say("  ".join(k.rjust(width[k]) for k in row))
+        self.say("  ".join((f"{v:.4f}" if isinstance(v, float) else str(v)).rjust(width[k])
+                           for k, v in row.items()))
+
+    def progress(self, items, what, **options):
+        """tqdm over `items` on stderr: rank 0 only, and only on a terminal."""
+        return tqdm(items, desc=what, leave=False, disable=True if self.rank else None,
+                    dynamic_ncols=True, **options)
+
+    def table(self, header, rows):
+        """Print aligned columns (rank 0): the first to the left, the others to the right."""
+        if self.rank == 0:
+            print(format_table(header, rows), flush=True)
+
+    def finish(self, result, **line):
+        """Write result.json and print `RESULT key=value ...` with the numbers named in `line`."""
+        if self.rank == 0:
+            write_json(self.out_dir / "result.json", result)
+            print("RESULT " + " ".join(f"{k}={_short(v)}" for k, v in line.items()), flush=True)
+
+
+def _short(value):
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _to_cpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_cpu(v) for v in value]
+    return value
+
+
+def format_table(header, rows):
+    """Aligned plain-text table: numbers with two decimals, None as "-"."""
+    def cell(value):
+        return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    lines = [[str(h) for h in header]] + [[cell(v) for v in row] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w)
+                               for i, (v, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+                     for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics
+# ------------------------------------------------------------------------------------------------
+
+
+def per_class_accuracy(predictions, labels, num_classes):
+    """Accuracy of each class in [0, 1]; NaN for a class without samples.
+
+    predictions, labels: (N,) integer tensors -> (num_classes,) float64 tensor.
+    """
+    total = torch.bincount(labels, minlength=num_classes).double()
+    hits = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
+    return torch.where(total > 0, hits / total.clamp(min=1), torch.nan)
+
+
+def macro_f1(predictions, labels, num_classes):
+    """Mean F1 over the classes that occur in `labels` or `predictions`, in [0, 1]. Both (N,) integer."""
+    hits = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
+    support = torch.bincount(labels, minlength=num_classes) + torch.bincount(predictions, minlength=num_classes)
+    present = support > 0
+    return (2 * hits[present] / support[present]).mean().item()
+
+
+def balancedness(class_accuracy, sigma=0.1):
+    """How equal the accuracies of all pairs of classes are: 1 when all are equal, towards 1/C when not.
+
+    Mean over class pairs (i, j) of exp(-(a_i - a_j)² / (2 σ²)); classes with NaN are left out.
+    class_accuracy: (C,) in [0, 1]; sigma: the difference in accuracy that counts as large.
+    Source: the form of Kang et al., "Exploring Balanced Feature Spaces", ICLR 2021.
+    """
+    a = torch.as_tensor(class_accuracy)
+    a = a[~a.isnan()]
+    return torch.exp(-((a[:, None] - a[None, :]) ** 2) / (2 * sigma ** 2)).mean().item()

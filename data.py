@@ -1,0 +1,703 @@
+"""Everything that produces inputs: image sets, long tails, client partitions, small offline worlds.
+
+Image sets      `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, DTD, Aircraft, Pets and
+                Fashion-MNIST through torchvision, Stanford Dogs, ImageNet-LT and Places-LT from their own
+                files, `folder:PATH` from any ImageFolder tree, `shapes` rendered here.
+Long tail       `long_tail_counts`, `long_tail_indices`, `frequency_groups`
+Clients         `pachinko_partition` (two label levels), `dirichlet_partition`
+Reading         `ImagePool`: images through a transform, in memory when they are small
+Small CLIP      `tiny_clip`: an open_clip.CLIP pre-trained on the spot on captioned images
+"""
+import inspect
+import re
+import tarfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from common import UserError, atomic_write, cache_key, load_tensors, numpy_generator, seed_torch
+
+# ------------------------------------------------------------------------------------------------
+# Long tails
+# ------------------------------------------------------------------------------------------------
+
+
+def long_tail_counts(n_max, num_classes, imbalance):
+    """Images per class, most frequent first: n_c = floor(n_max · imbalance^(-c / (C - 1))).
+
+    n_max: images of the most frequent class; imbalance >= 1: most over least frequent, e.g. 100.
+    Returns a list of num_classes ints. Source: Cui et al., CVPR 2019; used by all long-tailed CIFARs.
+    """
+    if n_max < 1 or num_classes < 1 or imbalance < 1:
+        raise ValueError("long_tail_counts needs n_max >= 1, num_classes >= 1 and imbalance >= 1")
+    return [int(n_max * (1 / imbalance) ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
+
+
+def long_tail_indices(labels, counts, rng):
+    """Draw counts[c] of the samples of each class c (or all it has), without replacement.
+
+    labels: (N,) ints; counts: (C,) ints; rng: np.random.Generator -> sorted (M,) int64 indices.
+    """
+    labels = np.asarray(labels)
+    chosen = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in enumerate(counts)]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def frequency_groups(counts, rule):
+    """Split the classes into {"many", "med", "few"} -> int64 arrays of class indices.
+
+    counts: (C,) training images per class. rule: (high, low) for many > high >= med > low >= few
+    (the field uses (100, 20)), or "thirds" for thirds of the classes by count.
+    """
+    counts = np.asarray(counts)
+    if rule == "thirds":
+        order = np.argsort(-counts, kind="stable")
+        many, med, few = np.array_split(order, 3)
+    else:
+        high, low = rule
+        many, med, few = (np.flatnonzero(counts > high), np.flatnonzero((counts <= high) & (counts > low)),
+                          np.flatnonzero(counts <= low))
+    return {"many": np.sort(many), "med": np.sort(med), "few": np.sort(few)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Clients
+# ------------------------------------------------------------------------------------------------
+
+
+def pachinko_partition(coarse, fine, num_clients, beta, rng, fine_beta=10.0):
+    """Equal-sized non-IID clients by the pachinko allocation over two label levels.
+
+    Every client draws floor(N / K) samples: a mixture Dirichlet(beta) over the coarse labels and
+    Dirichlet(fine_beta) over the fine labels inside each; a sample's coarse, then fine label is drawn
+    from them, then one of that label's remaining samples. Exhausted labels leave and the weights of the
+    others are renormalised. Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
+
+    coarse, fine: (N,) int labels; beta > 0, smaller = more skewed -> list of K sorted int64 arrays.
+    """
+    coarse, fine = np.asarray(coarse), np.asarray(fine)
+    children = {c: np.unique(fine[coarse == c]) for c in np.unique(coarse)}
+    parents = np.array(list(children))
+    left = {f: list(rng.permutation(np.flatnonzero(fine == f))) for f in np.unique(fine)}
+    clients = []
+    for _ in range(num_clients):
+        weight = rng.dirichlet(np.full(len(parents), beta))
+        inner = {c: rng.dirichlet(np.full(len(f), fine_beta)) for c, f in children.items()}
+        mine = []
+        for _ in range(len(fine) // num_clients):
+            c = _draw(weight, np.array([any(left[f] for f in children[p]) for p in parents]), rng)
+            f = _draw(inner[parents[c]], np.array([bool(left[f]) for f in children[parents[c]]]), rng)
+            mine.append(left[children[parents[c]][f]].pop())
+        clients.append(np.sort(np.array(mine, dtype=np.int64)))
+    return clients
+
+
+def _draw(weights, available, rng):
+    """Index drawn by weight among those available (uniformly if all of these weigh nothing)."""
+    weights = np.where(available, weights, 0.0)
+    if weights.sum() <= 0:
+        weights = available.astype(float)
+    return int(np.searchsorted(np.cumsum(weights / weights.sum())[:-1], rng.random(), side="right"))
+
+
+def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries=1000):
+    """Non-IID clients: each class is cut over the clients by one Dirichlet(beta) draw.
+
+    A client that already holds N / K training samples gets nothing of further classes. The test samples
+    of a class are cut by the same proportions. Redrawn until every client has a training and a test
+    sample. Source: Hsu et al. 2019, with the cap of Wang et al., ICLR 2020.
+
+    train_labels, test_labels: (N,), (M,) ints in 0..C-1; beta > 0
+    -> two lists of K sorted int64 arrays (training and test indices). UserError if no draw serves all.
+    """
+    train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
+    for _ in range(tries):
+        train, test = [[] for _ in range(num_clients)], [[] for _ in range(num_clients)]
+        held = np.zeros(num_clients)
+        for c in range(int(train_labels.max()) + 1):
+            share = rng.dirichlet(np.full(num_clients, beta)) * (held < len(train_labels) / num_clients)
+            if share.sum() <= 0:
+                share = np.ones(num_clients)
+            cuts = np.cumsum(share / share.sum())[:-1]
+            for labels, parts in ((train_labels, train), (test_labels, test)):
+                members = rng.permutation(np.flatnonzero(labels == c))
+                for part, piece in zip(parts, np.split(members, (cuts * len(members)).astype(int)), strict=True):
+                    part.append(piece)
+            held = np.array([sum(map(len, part)) for part in train])
+        train, test = ([np.sort(np.concatenate(p)).astype(np.int64) for p in parts] for parts in (train, test))
+        if all(map(len, train)) and all(map(len, test)):
+            return train, test
+    raise UserError(f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test "
+                    f"sample in {tries} draws; use fewer --clients or a larger --beta")
+
+
+# ------------------------------------------------------------------------------------------------
+# Image sets
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageSet:
+    """A labelled image set with a balanced (or the official) test part.
+
+    train, test: sequences of PIL images (lazily opened); train_labels, test_labels: (N,) int64 arrays;
+    template: a caption with {} for the class name; coarse: (C,) coarse label of each class, if any;
+    long_tailed: True when the training part is long-tailed already.
+    """
+    name: str
+    class_names: list
+    template: str
+    train: "Images"
+    train_labels: np.ndarray
+    test: "Images"
+    test_labels: np.ndarray
+    coarse: np.ndarray = None
+    long_tailed: bool = False
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+
+class Images:
+    """A sequence of RGB PIL images over an (N, H, W[, 3]) uint8 array or a list of files."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        item = self.source[i]
+        if isinstance(item, np.ndarray):
+            return Image.fromarray(item).convert("RGB")
+        try:
+            with Image.open(item) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise UserError(f"{item} is not a readable image ({error})") from None
+
+    def subset(self, indices):
+        """The images at `indices`, in that order."""
+        if isinstance(self.source, np.ndarray):
+            return Images(self.source[indices])
+        return Images([self.source[i] for i in indices])
+
+    @staticmethod
+    def concat(first, second):
+        """`first` followed by `second` (both of one kind)."""
+        if isinstance(first.source, np.ndarray):
+            return Images(np.concatenate([first.source, second.source]))
+        return Images([*first.source, *second.source])
+
+
+PHOTO = "a photo of a {}."
+# name -> (torchvision class, split arguments for train (one or more) and test, caption)
+TORCHVISION_SETS = {
+    "cifar100": ("CIFAR100", [{"train": True}], {"train": False}, PHOTO),
+    "cifar10": ("CIFAR10", [{"train": True}], {"train": False}, PHOTO),
+    "fashion-mnist": ("FashionMNIST", [{"train": True}], {"train": False}, PHOTO),
+    "food101": ("Food101", [{"split": "train"}], {"split": "test"}, "a photo of {}, a type of food."),
+    "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}, "{} texture."),
+    "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}, "a photo of a {}, a type of aircraft."),
+    "pets": ("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"}, "a photo of a {}, a type of pet."),
+}
+OWN_SETS = ["dogs", "imagenet", "places", "shapes"]
+IMAGE_SETS = sorted([*TORCHVISION_SETS, *OWN_SETS])
+
+# CIFAR-100's 20 coarse classes in the order of its `coarse_label_names`, as fine labels per coarse one
+# (torchvision reads only the fine labels).
+CIFAR100_COARSE = [
+    "beaver dolphin otter seal whale", "aquarium_fish flatfish ray shark trout",
+    "orchid poppy rose sunflower tulip", "bottle bowl can cup plate",
+    "apple mushroom orange pear sweet_pepper", "clock keyboard lamp telephone television",
+    "bed chair couch table wardrobe", "bee beetle butterfly caterpillar cockroach",
+    "bear leopard lion tiger wolf", "bridge castle house road skyscraper",
+    "cloud forest mountain plain sea", "camel cattle chimpanzee elephant kangaroo",
+    "fox porcupine possum raccoon skunk", "crab lobster snail spider worm",
+    "baby boy girl man woman", "crocodile dinosaur lizard snake turtle",
+    "hamster mouse rabbit shrew squirrel", "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "bicycle bus motorcycle pickup_truck train", "lawn_mower rocket streetcar tank tractor",
+]
+
+
+def readable(name):
+    """A class or folder name as words for a caption: underscores, hyphens and slashes become spaces."""
+    return " ".join(re.sub(r"[_/\-]+", " ", str(name)).split())
+
+
+def load_images(name, data_dir, seed=0):
+    """The ImageSet `name`: one of IMAGE_SETS or "folder:PATH"; downloads into data_dir where it can.
+
+    seed matters for `shapes` only, which is drawn from it. UserError: unknown name, missing or empty
+    files, no network (the message says what to put where).
+    """
+    data_dir = Path(data_dir)
+    if name.startswith("folder:"):
+        return _folder_set(Path(name.partition(":")[2]))
+    if name in TORCHVISION_SETS:
+        return _torchvision_set(name, data_dir)
+    if name == "shapes":
+        return shapes(seed)
+    if name == "dogs":
+        return _dogs_set(data_dir)
+    if name in ("imagenet", "places"):
+        return _list_file_set(name, data_dir)
+    raise UserError(f"unknown image set {name!r}; there are {', '.join(IMAGE_SETS)} and folder:PATH")
+
+
+def _torchvision_set(name, data_dir):
+    kind, train_splits, test_split, template = TORCHVISION_SETS[name]
+    load = getattr(torchvision.datasets, kind)
+
+    def read(split):
+        try:
+            part = load(root=str(data_dir), download=True, **split)
+        except Exception as error:  # URLError, a checksum or archive error, a missing or damaged file
+            raise UserError(
+                f"{name}: torchvision could not download or read it ({type(error).__name__}: {error}). "
+                f"Without a network, put the files of torchvision.datasets.{kind} under {data_dir}") from None
+        if hasattr(part, "data"):
+            source, labels = np.asarray(part.data), part.targets
+        else:  # torchvision keeps the file lists of these sets in attributes only
+            source, labels = getattr(part, "_image_files", None) or part._images, part._labels
+        return Images(source), np.asarray(labels, dtype=np.int64), part.classes
+
+    parts = [read(split) for split in train_splits]
+    train, labels, classes = parts[0]
+    for images, more, _ in parts[1:]:
+        train, labels = Images.concat(train, images), np.concatenate([labels, more])
+    test, test_labels, _ = read(test_split)
+    coarse = None
+    if name == "cifar100":
+        parent = {fine: i for i, names in enumerate(CIFAR100_COARSE) for fine in names.split()}
+        coarse = np.array([parent[c] for c in classes])
+    return ImageSet(name, [readable(c) for c in classes], template, train, labels, test, test_labels, coarse)
+
+
+def _folder_set(path):
+    """train/<class>/* and test/<class>/*; without a test folder the last fifth of each class is the test."""
+    if not path.is_dir():
+        raise UserError(f"folder:{path}: there is no such folder; expected {path}/train/<class>/*.jpg "
+                        f"and {path}/test/<class>/*.jpg")
+    if not (path / "train").is_dir() and (path / "test").is_dir():
+        raise UserError(f"folder:{path} has test/ but no train/; expected train/<class>/* and test/<class>/*")
+    has_split = (path / "train").is_dir()
+    classes, train, labels = _image_tree(path / "train" if has_split else path)
+    if (path / "test").is_dir():
+        test_classes, test, test_labels = _image_tree(path / "test")
+        if test_classes != classes:
+            odd = sorted(set(classes) ^ set(test_classes))
+            raise UserError(f"folder:{path}: train/ and test/ must have the same classes; "
+                            f"only one of them has {', '.join(odd[:5])}")
+    else:
+        late = np.concatenate([np.flatnonzero(labels == c)[int(np.ceil(.8 * (labels == c).sum())):]
+                               for c in range(len(classes))])
+        if len(np.unique(labels[late])) < len(classes):
+            raise UserError(f"folder:{path} has no test/ and too few images in some class to hold out a "
+                            "fifth of each; add test/<class>/* or at least 2 images per class")
+        early = np.setdiff1d(np.arange(len(labels)), late)
+        test, test_labels = [train[i] for i in late], labels[late]
+        train, labels = [train[i] for i in early], labels[early]
+    return ImageSet(path.name, [readable(c) for c in classes], PHOTO, Images(train), labels,
+                    Images(test), test_labels)
+
+
+def _image_tree(root):
+    """Class names, files and labels of root/<class>/*; every class folder must hold an image."""
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) < 2:
+        raise UserError(f"{root} has {len(classes)} class folders; expected at least 2 (<class>/*.jpg)")
+    files, labels = [], []
+    endings = torchvision.datasets.folder.IMG_EXTENSIONS
+    for c, name in enumerate(classes):
+        mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in endings)
+        if not mine:
+            raise UserError(f"the class folder {root / name} holds no images ({' '.join(endings)})")
+        files += mine
+        labels += [c] * len(mine)
+    return classes, files, np.array(labels, dtype=np.int64)
+
+
+LIST_FILE_HELP = {
+    "imagenet": ("imagenet-lt", "ImageNet_LT_train.txt and ImageNet_LT_test.txt (Liu et al., CVPR 2019) and "
+                 "the ILSVRC-2012 folders train/<wnid>/ and val/ that their lines name"),
+    "places": ("places-lt", "Places_LT_train.txt and Places_LT_test.txt (Liu et al., CVPR 2019) and the "
+               "Places-365 (256 pixels) folders that their lines name"),
+}
+
+
+def _list_file_set(name, data_dir):
+    """ImageNet-LT and Places-LT: lines "path label", paths relative to data_dir/<name>-lt."""
+    folder, wanted = LIST_FILE_HELP[name]
+    root = data_dir / folder
+    prefix = {"imagenet": "ImageNet", "places": "Places"}[name]
+    parts = []
+    for split in ("train", "test"):
+        path = root / f"{prefix}_LT_{split}.txt"
+        if not path.exists():
+            raise UserError(f"{path} is missing; put into {root}: {wanted}")
+        parts.append(read_list_file(path, root))
+    (train, labels), (test, test_labels) = parts
+    if name == "imagenet":
+        names = list(open_clip.IMAGENET_CLASSNAMES)
+    else:  # a Places path names its class: data_256/a/airfield/00000001.jpg
+        first = {int(c): train[i] for i, c in reversed(list(enumerate(labels)))}
+        names = [readable("/".join(first[c].relative_to(root).parts[2:-1])) if c in first else f"class {c}"
+                 for c in range(int(labels.max()) + 1)]
+    if labels.max() >= len(names) or test_labels.max() >= len(names):
+        raise UserError(f"{root}: a label is larger than the {len(names)} classes of {name}")
+    return ImageSet(name, names, PHOTO, Images(train), labels, Images(test), test_labels, long_tailed=True)
+
+
+def read_list_file(path, root):
+    """Lines "relative/path label" -> (list of files under root, (N,) int64 labels); UserError if damaged."""
+    files, labels = [], []
+    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdigit():
+            raise UserError(f"{path}, line {i}: expected 'path label', got {line[:60]!r}")
+        files.append(root / name)
+        labels.append(int(label))
+    if not files:
+        raise UserError(f"{path} is empty; expected lines 'path label'")
+    if not files[0].exists():
+        raise UserError(f"{path} names {files[0]}, which does not exist; put the images there")
+    return files, np.array(labels, dtype=np.int64)
+
+
+DOGS_URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
+
+
+def _dogs_set(data_dir):
+    """Stanford Dogs from its own site: images.tar and lists.tar (120 classes, 12,000 + 8,580 images)."""
+    from scipy.io import loadmat  # the lists are MATLAB files; only this set needs the reader
+
+    root = data_dir / "stanford-dogs"
+    for archive, content in (("lists.tar", "train_list.mat"), ("images.tar", "Images")):
+        if not (root / content).exists():
+            fetch_tar(DOGS_URL + archive, root)
+    parts = []
+    for split in ("train", "test"):
+        path = root / f"{split}_list.mat"
+        try:
+            lists = loadmat(path)
+            files = [root / "Images" / str(row[0][0]) for row in lists["file_list"]]
+            parts.append((files, lists["labels"].ravel().astype(np.int64) - 1))
+        except Exception as error:  # scipy raises many types for a damaged file
+            raise UserError(f"{path} is missing or not the list of {DOGS_URL}lists.tar "
+                            f"({type(error).__name__}: {error})") from None
+        if not files[0].exists():
+            raise UserError(f"{path} names {files[0]}, which does not exist; unpack {DOGS_URL}images.tar "
+                            f"into {root}")
+    (train, labels), (test, test_labels) = parts
+    first = {int(c): f for f, c in zip(train, labels, strict=True)}
+    names = [readable(first[c].parent.name.partition("-")[2]) for c in sorted(first)]
+    return ImageSet("dogs", names, "a photo of a {}, a type of dog.", Images(train), labels,
+                    Images(test), test_labels)
+
+
+def fetch_tar(url, root):
+    """Download a tar under a temporary name and unpack it below `root` (no path may leave it)."""
+    archive = root / url.rpartition("/")[2]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            torch.hub.download_url_to_file(url, str(archive))
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+    except tarfile.TarError as error:
+        raise UserError(f"{archive} is damaged ({error}); delete it and try again") from None
+    except OSError as error:  # includes URLError
+        raise UserError(f"cannot download {url} ({error}); without a network, put {archive.name} "
+                        f"into {root}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading images
+# ------------------------------------------------------------------------------------------------
+
+
+class ImagePool(Dataset):
+    """Images through a transform: `pool.batches(index_lists)` yields (B, 3, H, W) float tensors.
+
+    Small un-augmented pools are kept in memory after the first pass. With `augmented=True` the random
+    transform of sample i is drawn from (seed, i, visit), so it does not depend on `workers`.
+    """
+    IN_MEMORY = 2 ** 28  # floats: 1 GiB
+
+    def __init__(self, images, transform, random_transform=None, workers=0):
+        self.images, self.transform, self.random_transform = images, transform, random_transform
+        self.workers, self.pixels, self.device = workers, None, "cpu"
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, item):
+        if isinstance(item, tuple):
+            i, seed = item
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.random_transform(self.images[i])
+        return self.transform(self.images[item])
+
+    def preload(self, device):
+        """Keep all transformed images on `device` if they are small enough; returns whether they are."""
+        self.device = device
+        if self.pixels is None and len(self) and self[0].numel() * len(self) <= self.IN_MEMORY:
+            self.pixels = torch.cat(list(self.batches([range(i, min(i + 256, len(self)))
+                                                       for i in range(0, len(self), 256)])))
+        return self.pixels is not None
+
+    def batches(self, index_lists, seeds=None):
+        """Yield a (B, 3, H, W) tensor on the device for every list of indices.
+
+        seeds: one list of ints per index list turns the random transform on.
+        """
+        if self.pixels is not None and seeds is None:
+            for indices in index_lists:
+                yield self.pixels[torch.as_tensor(indices)]
+            return
+        items = [list(map(int, b)) for b in index_lists]
+        if seeds is not None:
+            items = [list(zip(b, s, strict=True)) for b, s in zip(items, seeds, strict=True)]
+        generator = torch.Generator().manual_seed(0)  # keep the loader off torch's global generator
+        for batch in DataLoader(self, batch_sampler=items, num_workers=self.workers, generator=generator):
+            yield batch.to(self.device)
+
+
+def pixel_transform(size, mean, std, interpolation=transforms.InterpolationMode.BICUBIC, crop=None):
+    """Resize to (size, size), optionally with random resized crop and flip (`crop`: least area), normalise."""
+    first = [transforms.Resize((size, size), interpolation)] if crop is None else \
+        [transforms.RandomResizedCrop(size, (crop, 1.0), interpolation=interpolation),
+         transforms.RandomHorizontalFlip()]
+    return transforms.Compose([*first, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Small world "shapes": coloured textures
+# ------------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (220, 40, 40), "green": (50, 170, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50),
+           "purple": (140, 60, 180), "orange": (240, 140, 40), "cyan": (60, 200, 210), "pink": (245, 150, 190),
+           "brown": (130, 85, 45), "grey": (140, 140, 140)}
+TEXTURES = ["plain", "horizontal", "vertical", "diagonal", "checked", "dotted", "gridded", "ringed",
+            "shaded", "speckled"]
+SHAPE_TEMPLATE = "a photo of a {} tile"
+
+
+def render_tile(colour, texture, rng, noise=0.0, contrast=1.0, clutter=0, size=32):
+    """One (size, size, 3) uint8 image of a coloured texture with random phase, period and lightness.
+
+    noise: standard deviation of pixel noise (of 1); contrast: factor about mid-grey; clutter: number of
+    random patches that cover parts of it. These three are the shift between the two worlds.
+    """
+    y, x = np.mgrid[0:size, 0:size] + rng.uniform(0, 8, (2, 1, 1))
+    period = rng.uniform(5, 8)
+    wave = {"horizontal": np.sin(2 * np.pi * y / period), "vertical": np.sin(2 * np.pi * x / period),
+            "diagonal": np.sin(2 * np.pi * (x + y) / (1.4 * period)),
+            "checked": np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period) * 3,
+            "dotted": 4 * (np.cos(2 * np.pi * x / period) + np.cos(2 * np.pi * y / period) - 1),
+            "gridded": 6 * np.maximum(np.cos(2 * np.pi * x / period), np.cos(2 * np.pi * y / period)) - 4,
+            "ringed": np.sin(2 * np.pi * np.hypot(x - x.mean(), y - y.mean()) / period)}
+    if texture == "plain":
+        ink = np.ones((size, size))
+    elif texture == "shaded":
+        ink = (x - x.min()) / (size - 1)
+    elif texture == "speckled":
+        ink = np.kron(rng.random((size // 2, size // 2)) < .5, np.ones((2, 2)))
+    else:
+        ink = (np.clip(2 * wave[texture], -1, 1) + 1) / 2
+    light = np.array(COLOURS[colour]) / 255 + rng.normal(0, .03, 3)
+    image = ink[..., None] * light + (1 - ink[..., None]) * light * .25
+    for _ in range(clutter):
+        h, w = rng.integers(size // 5, size // 3, 2)
+        top, left = rng.integers(0, size - h), rng.integers(0, size - w)
+        image[top:top + h, left:left + w] = rng.random(3)
+    image = .5 + contrast * (image - .5) + rng.normal(0, noise, image.shape) if noise or contrast != 1 else image
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+CLEAN = {}
+MILD = {"noise": .08, "contrast": .9}
+SHIFTED = {"noise": .16, "contrast": .8, "clutter": 2}
+
+
+def render_tiles(per_class, rng, **look):
+    """per_class[c] images of each of the 100 classes -> (N, 32, 32, 3) uint8 and (N,) int64 labels."""
+    pairs = [(c, t) for c in COLOURS for t in TEXTURES]
+    labels = np.repeat(np.arange(len(pairs)), per_class)
+    return np.stack([render_tile(*pairs[i], rng, **look) for i in labels]), labels.astype(np.int64)
+
+
+def shapes(seed, n_max=200, imbalance=100, n_test=20):
+    """The small world: a long-tailed training part and a balanced test part of *shifted* tiles.
+
+    Which class is frequent is drawn from the seed. The tiny CLIP that goes with it (`tiny_clip`) has
+    seen clean and mildly noisy tiles only, in equal numbers: balanced, and beatable.
+    """
+    rng = numpy_generator(seed, "shapes", "downstream")
+    classes = len(COLOURS) * len(TEXTURES)
+    counts = np.array(long_tail_counts(n_max, classes, imbalance))[rng.permutation(classes)]
+    train, labels = render_tiles(counts, rng, **SHIFTED)
+    test, test_labels = render_tiles([n_test] * classes, rng, **SHIFTED)
+    names = [f"{c} {t}" for c in COLOURS for t in TEXTURES]
+    return ImageSet("shapes", names, SHAPE_TEMPLATE, Images(train), labels, Images(test), test_labels,
+                    long_tailed=True)
+
+
+def shapes_pretraining(seed, per_class=60):
+    """Balanced tiles for the tiny CLIP: half clean, half mildly noisy."""
+    rng = numpy_generator(seed, "shapes", "pretraining")
+    clean, labels = render_tiles([per_class // 2] * 100, rng, **CLEAN)
+    mild, _ = render_tiles([per_class // 2] * 100, rng, **MILD)
+    return Images(np.concatenate([clean, mild])), np.concatenate([labels, labels])
+
+
+def split_for_pretraining(images, share, rng):
+    """Cut a balanced share of every class out of an ImageSet's training part.
+
+    share in (0, 1), of the rarest class's size -> (Images, labels) for pre-training, and the ImageSet
+    without them.
+    """
+    counts = np.bincount(images.train_labels, minlength=images.num_classes)
+    each = int(share * counts.min())
+    if each < 1 or (counts - each).min() < 1:
+        raise UserError(f"--pretrain-share {share} of the rarest class ({counts.min()} images) leaves no "
+                        "image to pre-train on or none to federate; add images or change the share")
+    seen = long_tail_indices(images.train_labels, [each] * images.num_classes, rng)
+    kept = np.setdiff1d(np.arange(len(images.train_labels)), seen)
+    rest = replace(images, train=images.train.subset(kept), train_labels=images.train_labels[kept])
+    return images.train.subset(seen), images.train_labels[seen], rest
+
+
+# ------------------------------------------------------------------------------------------------
+# A tiny CLIP, pre-trained on the spot
+# ------------------------------------------------------------------------------------------------
+
+
+class WordTokenizer:
+    """One token per word: the vocabulary is every word of `texts`. Call it like open_clip's tokenizers.
+
+    0 pads, 1 is an unknown word (also the "X" of a prompt to learn), then the words, then start and end
+    of text: the end has the largest id, where open_clip's text tower reads its output.
+    """
+
+    def __init__(self, texts, context_length):
+        self.context_length = context_length
+        words = sorted({w for text in texts for w in self.words(text)})
+        self.ids = {w: i for i, w in enumerate(words, 2)}
+        self.start, self.end = len(words) + 2, len(words) + 3
+        self.vocab_size = len(words) + 4
+
+    @staticmethod
+    def words(text):
+        return re.findall(r"[^\W_]+|\.", text.lower())
+
+    def __call__(self, texts):
+        """A string or list of N strings -> (N, context_length) int64."""
+        texts = [texts] if isinstance(texts, str) else texts
+        out = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(out, texts, strict=True):
+            ids = [self.start, *(self.ids.get(w, 1) for w in self.words(text)), self.end]
+            if len(ids) > self.context_length:
+                raise UserError(f"the text {text!r} is longer than the tiny model's {self.context_length} tokens")
+            row[:len(ids)] = torch.tensor(ids)
+        return out
+
+
+@dataclass
+class TinyConfig:
+    """Size and pre-training of the tiny CLIP (defaults: shapes; about 35 s on one CPU core)."""
+    width: int = 64
+    vision_layers: int = 3
+    text_layers: int = 2
+    patch: int = 8
+    image_size: int = 32
+    epochs: int = 6
+    batch: int = 64
+    lr: float = 3e-3
+    augment: bool = False
+    mean: tuple = field(default=(.5, .5, .5))
+    std: tuple = field(default=(.25, .25, .25))
+
+
+PHOTO_TINY = TinyConfig(epochs=16, batch=100, lr=2e-3, augment=True)
+
+
+def tiny_clip(images, labels, class_names, template, config, seed, cache_dir, progress=lambda x, *_: x):
+    """A small open_clip.CLIP trained contrastively on captioned images; cached by what made it.
+
+    images, labels: an Images sequence and its (N,) labels; template: caption with {};
+    progress(iterable, what): a progress bar. Returns (model in eval mode, WordTokenizer).
+    """
+    captions = [template.format(name) for name in class_names]
+    longest = max(len(WordTokenizer.words(c)) for c in captions)
+    tokenizer = WordTokenizer(captions, context_length=longest + 8)  # room for a learned context
+    seed_torch(seed, "tiny-clip", "init")
+    model = open_clip.CLIP(
+        embed_dim=config.width,
+        vision_cfg={"layers": config.vision_layers, "width": config.width, "head_width": 32,
+                    "patch_size": config.patch, "image_size": config.image_size},
+        text_cfg={"context_length": tokenizer.context_length, "vocab_size": tokenizer.vocab_size,
+                  "width": config.width, "heads": 2, "layers": config.text_layers})
+    transform = pixel_transform(config.image_size, config.mean, config.std)
+    pixels = torch.stack([transform(images[i]) for i in progress(range(len(images)), "reading images")])
+    key = cache_key(config, seed, captions, list(labels), pixels.sum().item(), pixels[-1].sum().item(),
+                    inspect.getsource(_pretrain), inspect.getsource(WordTokenizer))
+    path = Path(cache_dir) / f"tiny-clip-{key}.pt"
+    if path.exists():
+        model.load_state_dict(load_tensors(path, "a cached tiny CLIP; delete it to make it again"))
+    else:
+        _pretrain(model, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed, progress)
+        atomic_write(path, lambda p: torch.save(model.state_dict(), p))
+    return model.eval(), tokenizer
+
+
+def _pretrain(model, pixels, labels, tokens, config, seed, progress):
+    """Symmetric CLIP loss (Radford et al. 2021) over (image, caption of its class) pairs.
+
+    Images of one class share their caption, so a row may have several right answers: the targets are
+    spread over them evenly. pixels (N, 3, H, W), labels (N,), tokens (C, L).
+    """
+    steps = config.epochs * (len(pixels) // config.batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
+    rng = numpy_generator(seed, "tiny-clip", "batches")
+    model.train()
+    length = int(tokens.argmax(-1).max()) + 1  # the text tower is causal: what follows cannot matter
+    tokens = F.pad(tokens[:, :length], (0, tokens.shape[1] - length))
+    for step in progress(range(steps), "pre-training a tiny CLIP"):
+        if step % (len(pixels) // config.batch) == 0:
+            order = torch.from_numpy(rng.permutation(len(pixels)))
+        here = order[(step % (len(pixels) // config.batch)) * config.batch:][:config.batch]
+        batch = pixels[here]
+        if config.augment:  # flips and 3-pixel shifts
+            batch = torch.where(torch.from_numpy(rng.random(len(here)) < .5)[:, None, None, None],
+                                batch.flip(-1), batch)
+            dy, dx = rng.integers(0, 7, 2)
+            size = batch.shape[-1]
+            batch = F.pad(batch, (3, 3, 3, 3))[:, :, dy:dy + size, dx:dx + size]
+        y = labels[here]
+        classes, column = y.unique(return_inverse=True)  # every caption once
+        image = F.normalize(model.encode_image(batch), dim=-1)
+        text = F.normalize(model.encode_text(tokens[classes]), dim=-1)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, distinct classes)
+        same = F.one_hot(column, len(classes)).T.float()  # (distinct classes, B)
+        loss = (F.cross_entropy(logits, column) + F.cross_entropy(logits.T, same / same.sum(1, keepdim=True))) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
