@@ -193,6 +193,16 @@ def load_tensors(path, expected):
         raise UserError(f"{path} is {kind} ({type(error).__name__}); expected {expected}") from None
 
 
+def cached(path, make, what):
+    """The tensors in `path`; if there is no such file, make() is called and its result saved there."""
+    path = Path(path)
+    if path.exists():
+        return load_tensors(path, f"{what}; delete it to make it again")
+    value = make()
+    atomic_write(path, lambda p: torch.save(value, p))
+    return value
+
+
 def cache_key(*parts):
     """A short hash of everything that made a cached file (settings, source text, other keys)."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -6,8 +6,11 @@ Image sets      `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101
 Long tail       `long_tail_counts`, `long_tail_indices`, `frequency_groups`
 Clients         `pachinko_partition` (two label levels), `dirichlet_partition`
 Reading         `ImagePool`: images through a transform, in memory when they are small
-Small CLIP      `tiny_clip`: an open_clip.CLIP pre-trained on the spot on captioned images
+CLIP            `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
+                `encode_once` (image features, cached)
 """
+import difflib
+import hashlib
 import inspect
 import re
 import tarfile
@@ -23,7 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from common import UserError, atomic_write, cache_key, load_tensors, numpy_generator, seed_torch
+from common import UserError, cache_key, cached, numpy_generator, seed_torch
 
 # ------------------------------------------------------------------------------------------------
 # Long tails
@@ -437,9 +440,9 @@ class ImagePool(Dataset):
     """
     IN_MEMORY = 2 ** 28  # floats: 1 GiB
 
-    def __init__(self, images, transform, random_transform=None, workers=0):
+    def __init__(self, images, transform, random_transform=None, workers=0, device="cpu"):
         self.images, self.transform, self.random_transform = images, transform, random_transform
-        self.workers, self.pixels, self.device = workers, None, "cpu"
+        self.workers, self.device, self.pixels = workers, device, None
 
     def __len__(self):
         return len(self.images)
@@ -452,9 +455,8 @@ class ImagePool(Dataset):
                 return self.random_transform(self.images[i])
         return self.transform(self.images[item])
 
-    def preload(self, device):
-        """Keep all transformed images on `device` if they are small enough; returns whether they are."""
-        self.device = device
+    def preload(self):
+        """Keep all transformed images on the device if they are small enough; returns whether they are."""
         if self.pixels is None and len(self) and self[0].numel() * len(self) <= self.IN_MEMORY:
             self.pixels = torch.cat(list(self.batches([range(i, min(i + 256, len(self)))
                                                        for i in range(0, len(self), 256)])))
@@ -583,8 +585,72 @@ def split_for_pretraining(images, share, rng):
 
 
 # ------------------------------------------------------------------------------------------------
-# A tiny CLIP, pre-trained on the spot
+# CLIP: real weights, or a tiny one pre-trained on the spot
 # ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Backbone:
+    """A CLIP in eval mode with what goes around it.
+
+    clip: the model; tokenizer(list of N texts) -> (N, L) ids; transform and random_transform: PIL image
+    -> (3, size, size), as the model was trained, and with random crop and flip.
+    """
+    clip: torch.nn.Module
+    tokenizer: object
+    transform: object
+    random_transform: object
+    size: int
+
+
+def open_clip_backbone(model, weights, seed, device, cache_dir):
+    """`model` "NAME:PRETRAINED" or "NAME:random", or "NAME" with a checkpoint file `weights`.
+
+    UserError: unknown names (the message lists the tags), a missing or foreign file, no network.
+    """
+    name, _, tag = model.partition(":")
+    if name not in open_clip.list_models():
+        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 3)) or "list_models()"
+        raise UserError(f"--model {name!r} is not an open_clip model; see {close}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights is None and tag not in ["random", *tags]:
+        raise UserError(f"--model {name} needs :PRETRAINED, one of {', '.join([*tags, 'random'])}, "
+                        "or --weights FILE")
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"--weights {weights} does not exist; expected a checkpoint of {name}")
+    source = str(weights) if weights else None if tag == "random" else tag
+    seed_torch(seed, "random CLIP")
+    try:
+        clip, _, transform = open_clip.create_model_and_transforms(
+            name, source, device=device, cache_dir=str(cache_dir))
+    except Exception as error:  # hub, network, pickle and key errors of three libraries
+        what = f"read {weights} as {name}" if weights else f"download {model}"
+        raise UserError(f"cannot {what} ({type(error).__name__}: {str(error)[:200]}). Without a network, "
+                        f"get the checkpoint elsewhere and say --model {name} --weights FILE") from None
+    size = clip.visual.image_size
+    size = size[0] if isinstance(size, tuple) else size
+    crop = pixel_transform(size, clip.visual.image_mean, clip.visual.image_std, crop=.08)
+    return Backbone(clip.eval(), open_clip.get_tokenizer(name), transform, crop, size)
+
+
+def encode_once(clip, pool, device, cache_dir, progress=lambda items, *_, **__: items):
+    """Image features (N, E) of a whole ImagePool before normalisation, cached under what made them."""
+    source = pool.images.source
+    if isinstance(source, np.ndarray):
+        made_of = source.tobytes()
+    else:
+        stats = [Path(p).stat() for p in source]
+        made_of = repr([(str(p), s.st_size, s.st_mtime_ns) for p, s in zip(source, stats, strict=True)]).encode()
+    weights = [p.double().sum().item() for p in clip.visual.state_dict().values()]
+    key = cache_key(hashlib.blake2b(made_of).hexdigest(), weights, repr(pool.transform), device.type)
+
+    @torch.no_grad()
+    def encode():
+        chunks = [range(i, min(i + 128, len(pool))) for i in range(0, len(pool), 128)]
+        batches = progress(pool.batches(chunks), "encoding images once", total=len(chunks))
+        return torch.cat([clip.encode_image(batch.to(device)).cpu() for batch in batches])
+
+    return cached(Path(cache_dir) / f"features-{key}.pt", encode, "cached image features").to(device)
 
 
 class WordTokenizer:
@@ -636,17 +702,18 @@ class TinyConfig:
 PHOTO_TINY = TinyConfig(epochs=16, batch=100, lr=2e-3, augment=True)
 
 
-def tiny_clip(images, labels, class_names, template, config, seed, cache_dir, progress=lambda x, *_: x):
+def tiny_backbone(images, labels, class_names, template, config, seed, device, cache_dir,
+                  progress=lambda items, *_, **__: items):
     """A small open_clip.CLIP trained contrastively on captioned images; cached by what made it.
 
     images, labels: an Images sequence and its (N,) labels; template: caption with {};
-    progress(iterable, what): a progress bar. Returns (model in eval mode, WordTokenizer).
+    progress(iterable, what): a progress bar.
     """
     captions = [template.format(name) for name in class_names]
     longest = max(len(WordTokenizer.words(c)) for c in captions)
     tokenizer = WordTokenizer(captions, context_length=longest + 8)  # room for a learned context
     seed_torch(seed, "tiny-clip", "init")
-    model = open_clip.CLIP(
+    clip = open_clip.CLIP(
         embed_dim=config.width,
         vision_cfg={"layers": config.vision_layers, "width": config.width, "head_width": 32,
                     "patch_size": config.patch, "image_size": config.image_size},
@@ -654,15 +721,16 @@ def tiny_clip(images, labels, class_names, template, config, seed, cache_dir, pr
                   "width": config.width, "heads": 2, "layers": config.text_layers})
     transform = pixel_transform(config.image_size, config.mean, config.std)
     pixels = torch.stack([transform(images[i]) for i in progress(range(len(images)), "reading images")])
-    key = cache_key(config, seed, captions, list(labels), pixels.sum().item(), pixels[-1].sum().item(),
+    key = cache_key(config, seed, captions, list(labels), hashlib.blake2b(pixels.numpy()).hexdigest(),
                     inspect.getsource(_pretrain), inspect.getsource(WordTokenizer))
-    path = Path(cache_dir) / f"tiny-clip-{key}.pt"
-    if path.exists():
-        model.load_state_dict(load_tensors(path, "a cached tiny CLIP; delete it to make it again"))
-    else:
-        _pretrain(model, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed, progress)
-        atomic_write(path, lambda p: torch.save(model.state_dict(), p))
-    return model.eval(), tokenizer
+
+    def make():
+        _pretrain(clip, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed, progress)
+        return clip.state_dict()
+
+    clip.load_state_dict(cached(Path(cache_dir) / f"tiny-clip-{key}.pt", make, "a cached tiny CLIP"))
+    crop = pixel_transform(config.image_size, config.mean, config.std, crop=.5)
+    return Backbone(clip.eval().to(device), tokenizer, transform, crop, config.image_size)
 
 
 def _pretrain(model, pixels, labels, tokens, config, seed, progress):

@@ -73,7 +73,6 @@ References
 # Setup
 # ================================================================================================
 import copy
-import hashlib
 import math
 from pathlib import Path
 
@@ -727,42 +726,21 @@ def resolve(args):
     return args
 
 
-def load_clip(args, images, pretraining, run):
-    """-> (clip, tokenizer, transform, random transform): open_clip's, a checkpoint's, or the tiny one."""
-    if args.model == "tiny":
-        config = data.TinyConfig() if args.dataset == "shapes-lt" else data.PHOTO_TINY
-        with run.rank_zero_first():
-            clip, tokenizer = data.tiny_clip(*pretraining, images.class_names, images.template, config, args.seed,
-                                             args.data_dir / "cache", run.progress)
-        size, mean_, std = config.image_size, config.mean, config.std
-        plain = data.pixel_transform(size, mean_, std)
-        return clip.to(run.device), tokenizer, plain, data.pixel_transform(size, mean_, std, crop=.5)
-    import open_clip  # only here: the tiny model is built in data.py
-    name, _, tag = args.model.partition(":")
-    if name not in open_clip.list_models():
-        raise common.UserError(f"--model {name!r} is not an open_clip model; see open_clip.list_models()")
-    if args.weights is None and tag not in ["random", *open_clip.list_pretrained_tags_by_model(name)]:
-        raise common.UserError(f"--model {name} needs :PRETRAINED, one of "
-                               f"{', '.join(open_clip.list_pretrained_tags_by_model(name))}, :random, or --weights FILE")
-    if args.weights is not None and not args.weights.is_file():
-        raise common.UserError(f"--weights {args.weights} does not exist; expected a checkpoint of {name}")
-    source = str(args.weights) if args.weights else None if tag == "random" else tag
-    common.seed_torch(args.seed, "random CLIP")
-    try:
-        with run.rank_zero_first():
-            clip, _, transform = open_clip.create_model_and_transforms(
-                name, source, device=run.device, cache_dir=str(args.data_dir / "weights"))
-    except Exception as error:  # hub, network, pickle and key errors of three libraries
-        where = f"read {source} as {name}" if args.weights else f"download {args.model}"
-        raise common.UserError(f"cannot {where} ({type(error).__name__}: {error}). Without a network, get the "
-                               "checkpoint elsewhere and pass it with --weights FILE") from None
-    size = clip.visual.image_size[0] if isinstance(clip.visual.image_size, tuple) else clip.visual.image_size
-    mean_, std = clip.visual.image_mean, clip.visual.image_std
+def load_backbone(args, images, pretraining, run):
+    """The CLIP of --model: open_clip's, a checkpoint's, or the tiny one pre-trained on `pretraining`."""
+    with run.rank_zero_first():
+        if args.model != "tiny":
+            backbone = data.open_clip_backbone(args.model, args.weights, args.seed, run.device,
+                                               args.data_dir / "weights")
+        else:
+            config = data.TinyConfig() if args.dataset == "shapes-lt" else data.PHOTO_TINY
+            backbone = data.tiny_backbone(*pretraining, images.class_names, images.template, config, args.seed,
+                                          run.device, args.data_dir / "cache", run.progress)
     if args.recipe == "official" and args.dataset in ("cifar100-lt", "cifar10-lt"):  # DEVIATION 3
-        mean_, std = (.5071, .4867, .4408), (.2675, .2565, .2761)
+        cifar_mean, cifar_std = (.5071, .4867, .4408), (.2675, .2565, .2761)
         bilinear = data.transforms.InterpolationMode.BILINEAR
-        transform = data.pixel_transform(size, mean_, std, bilinear)
-    return clip.eval(), open_clip.get_tokenizer(name), transform, data.pixel_transform(size, mean_, std, crop=.08)
+        backbone.transform = data.pixel_transform(backbone.size, cifar_mean, cifar_std, bilinear)
+    return backbone
 
 
 def check_architecture(clip, peft):
@@ -782,24 +760,6 @@ def check_architecture(clip, peft):
 def text_features(clip, tokens):
     """Normalised text features (C, E); 256 texts at a time."""
     return torch.cat([F.normalize(clip.encode_text(part), dim=-1) for part in tokens.split(256)])
-
-
-def encode_once(clip, pool, run, cache_dir):
-    """Image features (N, E) of the whole pool before normalisation; cached under what made them."""
-    source = pool.images.source
-    made_of = source.tobytes() if isinstance(source, np.ndarray) else \
-        repr([(str(p), Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in source]).encode()
-    weights = [p.double().sum().item() for p in clip.visual.state_dict().values()]
-    key = common.cache_key(hashlib.blake2b(made_of).hexdigest(), weights, repr(pool.transform), str(run.device.type))
-    path = Path(cache_dir) / f"features-{key}.pt"
-    with run.rank_zero_first():
-        if not path.exists():
-            chunks = [range(i, min(i + 128, len(pool))) for i in range(0, len(pool), 128)]
-            with torch.no_grad():
-                parts = [clip.encode_image(batch.to(run.device)).cpu()
-                         for batch in run.progress(pool.batches(chunks), "encoding images once", total=len(chunks))]
-            common.atomic_write(path, lambda p: torch.save(torch.cat(parts), p))
-        return common.load_tensors(path, "cached image features; delete it to make it again").to(run.device)
 
 
 def build_federation(args, run):
@@ -838,15 +798,15 @@ def build_federation(args, run):
     groups = data.frequency_groups(np.bincount(train_labels, minlength=classes),
                                    rule if rule == "thirds" else tuple(map(int, rule.split(","))))
 
-    clip, tokenizer, transform, random_transform = load_clip(args, images, pretraining, run)
+    backbone = load_backbone(args, images, pretraining, run)
+    clip, tokenizer = backbone.clip.requires_grad_(False), backbone.tokenizer
     check_architecture(clip, args.peft)
-    clip.requires_grad_(False)
-    pool = data.ImagePool(data.Images.concat(images.train.subset(chosen), images.test), transform,
-                          random_transform, args.workers)
-    pool.device = run.device
+    pool = data.ImagePool(data.Images.concat(images.train.subset(chosen), images.test), backbone.transform,
+                          backbone.random_transform, args.workers, run.device)
     if args.model == "tiny" or args.peft == "lora":
-        pool.preload(run.device)
-    features = encode_once(clip, pool, run, args.data_dir / "cache")
+        pool.preload()
+    with run.rank_zero_first():
+        features = data.encode_once(clip, pool, run.device, args.data_dir / "cache", run.progress)
     tokens = {t: tokenizer([t.format(n) for n in images.class_names]).to(run.device)
               for t in {images.template, data.PHOTO}}
     text = text_features(clip, tokens[images.template])
