@@ -1,11 +1,12 @@
 """What every run needs, and metrics. No method lives here: the five scripts only call it.
 
 Run contract
-    seeds       one `--seed`, one independent generator per purpose (`numpy_generator`, `torch_generator`,
-                `seed_torch`). A generator is a pure function of (seed, purpose, round, client, ...), so
-                nothing has to be stored to resume, and work may move between processes.
-    files       `Run` owns `--out-dir`: config.json, log.jsonl, checkpoint.pt, result.json, a figure and
-                a copy of the script. Every file is written under a temporary name and renamed.
+    seeds       one `--seed`, one independent generator per purpose (`numpy_generator`,
+                `torch_generator`, `seed_torch`). A generator is a pure function of (seed, purpose,
+                round, client, ...): nothing has to be stored to resume, and work may move between
+                processes.
+    files       `Run` owns `--out-dir`: config.json, log.jsonl, checkpoint.pt, result.json, a figure
+                and a copy of the script. Every file is written under a temporary name and renamed.
     resume      `Run.save` after each round, `Run.load` at the start: a run killed at any moment and
                 resumed ends with the numbers of the uninterrupted one, bit for bit (CPU).
     processes   under torchrun, `Run.share` splits a list over the ranks and `Run.gather` merges the
@@ -63,11 +64,11 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} -h)\n")
 
 
 def number(kind, low=None, high=None, above=None):
-    """An argparse type: a finite `kind` (int or float) with low <= value <= high and value > above."""
+    """An argparse type: a finite int or float with low <= value <= high and value > above."""
     wanted = [f"{kind.__name__}"] + [f"{sign} {bound}" for sign, bound in
                                      ((">=", low), ("<=", high), (">", above)) if bound is not None]
 
@@ -76,7 +77,7 @@ def number(kind, low=None, high=None, above=None):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not np.isfinite(value) or (low is not None and value < low) \
+        if value is None or not abs(value) < float("inf") or (low is not None and value < low) \
                 or (high is not None and value > high) or (above is not None and value <= above):
             raise argparse.ArgumentTypeError(f"expected {' '.join(wanted)}, got {text!r}")
         return value
@@ -105,7 +106,7 @@ def run_cli(main):
 
 
 def check_finite(value, what):
-    """`value` (a number or a tensor of any shape) unless it holds NaN or infinity: UserError, code 3."""
+    """`value` (a number or tensor of any shape); UserError with code 3 if it is not finite."""
     if not torch.isfinite(torch.as_tensor(value)).all():
         raise UserError(f"{what} is not finite (NaN or infinity); try a smaller learning rate. "
                         "The last checkpoint is intact", code=3)
@@ -119,7 +120,8 @@ def check_finite(value, what):
 
 def seed_for(seed, *purpose):
     """A 63-bit seed that depends on `seed` and every word of `purpose`, e.g. ("partition",)."""
-    digest = hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=8).digest()
+    words = [w.item() if isinstance(w, np.generic) else w for w in purpose]
+    digest = hashlib.blake2b(repr((int(seed), *words)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -160,9 +162,10 @@ def hold_interrupts():
 
 
 def atomic_write(path, write):
-    """Call write(temporary_path), then rename it to `path`: readers see all of a file or none of it.
+    """Call write(temporary_path), then rename it to `path`: readers see a whole file or none.
 
-    The temporary name keeps the suffix of `path`, so that savers which look at it (matplotlib) work.
+    The temporary name keeps the suffix of `path`, so that savers which look at it (matplotlib)
+    work.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +197,7 @@ def load_tensors(path, expected):
 
 
 def cached(path, make, what):
-    """The tensors in `path`; if there is no such file, make() is called and its result saved there."""
+    """The tensors in `path`; without such a file, what make() returns, which is saved there."""
     path = Path(path)
     if path.exists():
         return load_tensors(path, f"{what}; delete it to make it again")
@@ -254,7 +257,7 @@ class Run:
 
     def __init__(self, args, title, resume_may_change=()):
         self.args, self.title = args, title
-        self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())}
+        self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.may_change = VOLATILE | set(resume_may_change)
         self.rows, self.saved_at, self.started = [], None, time.time()
         self.columns = None
@@ -280,7 +283,7 @@ class Run:
         return list(items)[self.rank::self.world]
 
     def gather(self, part):
-        """The union of all processes' dicts, the same in every process. Tensors come back on the CPU."""
+        """The union of all processes' dicts, the same in all of them. Tensors come on the CPU."""
         if self.world == 1:
             return part
         parts = [None] * self.world
@@ -302,7 +305,8 @@ class Run:
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise UserError(f"--device {name} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
+            raise UserError(
+                f"--device {name} is not a device; use auto, cpu, cuda, cuda:N or mps") from None
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise UserError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
@@ -367,28 +371,31 @@ class Run:
                 if "--out-dir" not in " ".join(words):
                     words += ["--out-dir", str(self.out_dir)]
                 command = shlex.join(["python", *words, "--resume"])
-                print(f"\ninterrupted; saved: {self.saved_at or 'nothing new'}. Continue with: {command}",
-                      file=sys.stderr)
+                print(f"\ninterrupted; saved: {self.saved_at or 'nothing new'}. "
+                      f"Continue with: {command}", file=sys.stderr)
             sys.exit(130)
         return False
 
     # -- checkpoint -----------------------------------------------------------------------------
 
-    def begin(self, resolved=None):
-        """Write config.json and the script's copy; `resolved`: settings that were filled in later."""
-        self.settings.update({k: str(v) if isinstance(v, Path) else v for k, v in (resolved or {}).items()})
+    def begin(self):
+        """Write config.json and a copy of the script; show the settings."""
         if self.rank:
             return
         script = Path(sys.argv[0])
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
         if not self.args.resume:
-            write_json(self.out_dir / "config.json",
-                       {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions,
-                        "device": str(self.device), "processes": self.world})
+            self._write_config()
         if script.suffix == ".py" and script.exists():
             atomic_write(self.out_dir / script.name, functools.partial(shutil.copyfile, script))
         self.say(" ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None))
         self.say(f"results in {self.out_dir}")
+
+    def _write_config(self):
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                    "numpy": np.__version__}
+        write_json(self.out_dir / "config.json",
+                   {"command": shlex.join(sys.argv), "settings": self.settings,
+                    "versions": versions, "device": str(self.device), "processes": self.world})
 
     def save(self, state, at):
         """Checkpoint `state`; `at` says in words what is safe now ("round 3")."""
@@ -399,22 +406,30 @@ class Run:
         self.saved_at = at
 
     def load(self):
-        """The state that `save` wrote, or None when this run does not resume (or had saved nothing)."""
+        """The state that `save` wrote; None if this run does not resume or had saved nothing."""
         path = self.out_dir / "checkpoint.pt"
-        if not self.args.resume or not path.exists():
+        if not self.args.resume:
+            return None
+        if not path.exists():  # killed before the first save: start afresh, rows and settings too
+            if self.rank == 0:
+                (self.out_dir / "log.jsonl").unlink(missing_ok=True)
+                self._write_config()
             return None
         content = load_tensors(path, "a checkpoint of this script")
-        if not isinstance(content, dict) or content.get("script") != self.title or "state" not in content:
+        ours = isinstance(content, dict) and content.get("script") == self.title
+        if not ours or "state" not in content:
             raise UserError(f"{path} is not a checkpoint of {self.title}; choose another --out-dir")
         saved, now = content["settings"], self._fixed()
         for key in sorted(set(saved) | set(now)):
             if saved.get(key) != now.get(key):
-                raise UserError(f"--resume: {path} was made with {key}={saved.get(key)}, this command "
-                                f"says {key}={now.get(key)}; use the same settings or another --out-dir")
+                raise UserError(
+                    f"--resume: {path} was made with {key}={saved.get(key)}, this command "
+                    f"says {key}={now.get(key)}; use the same settings or another --out-dir")
         self.rows = content["rows"]
         if self.rank == 0:  # rows of a round that was logged but not saved are dropped
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             atomic_write(self.out_dir / "log.jsonl", lambda p: p.write_text(lines))
+            self._write_config()  # settings that may change
         return content["state"]
 
     def _fixed(self):
@@ -423,12 +438,12 @@ class Run:
     # -- console --------------------------------------------------------------------------------
 
     def say(self, text):
-        """A line for a person: only on a terminal, so that redirected output holds tables and RESULT."""
+        """A line for a person, on a terminal only: a file gets just the tables and RESULT."""
         if self.rank == 0 and sys.stdout.isatty():
             tqdm.write(text)
 
     def log(self, **row):
-        """A row of log.jsonl, and an aligned line on the console (a header whenever columns change)."""
+        """A row of log.jsonl and an aligned console line (a header whenever columns change)."""
         row["seconds"] = round(time.time() - self.started, 2)
         self.rows.append(row)
         if self.rank:
@@ -500,15 +515,15 @@ def per_class_accuracy(predictions, labels, num_classes):
 
 
 def macro_f1(predictions, labels, num_classes):
-    """Mean F1 over the classes that occur in `labels` or `predictions`, in [0, 1]. Both (N,) integer."""
+    """Mean F1 over classes that occur in `labels` or `predictions`, in [0, 1]. Both (N,) int."""
     hits = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
-    support = torch.bincount(labels, minlength=num_classes) + torch.bincount(predictions, minlength=num_classes)
+    support = torch.bincount(torch.cat([labels, predictions]), minlength=num_classes)
     present = support > 0
     return (2 * hits[present] / support[present]).mean().item()
 
 
 def balancedness(class_accuracy, sigma=0.1):
-    """How equal the accuracies of all pairs of classes are: 1 when all are equal, towards 1/C when not.
+    """How equal the classes' accuracies are: 1 when all are equal, towards 1/C when not.
 
     Mean over class pairs (i, j) of exp(-(a_i - a_j)² / (2 σ²)); classes with NaN are left out.
     class_accuracy: (C,) in [0, 1]; sigma: the difference in accuracy that counts as large.

@@ -1,19 +1,21 @@
-"""Everything that produces inputs: image sets, long tails, client partitions, small offline worlds.
+"""Everything that produces inputs: image sets, long tails, clients, small offline worlds.
 
-Image sets      `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, DTD, Aircraft, Pets and
-                Fashion-MNIST through torchvision, Stanford Dogs, ImageNet-LT and Places-LT from their own
-                files, `folder:PATH` from any ImageFolder tree, `shapes` rendered here.
-Long tail       `long_tail_counts`, `long_tail_indices`, `frequency_groups`
-Clients         `pachinko_partition` (two label levels), `dirichlet_partition`
-Reading         `ImagePool`: images through a transform, in memory when they are small
-CLIP            `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
-                `encode_once` (image features, cached)
+Image sets   `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, DTD, Aircraft, Pets,
+             Fashion-MNIST through torchvision; Stanford Dogs, ImageNet-LT and Places-LT from their
+             own files; `folder:PATH` from any ImageFolder tree; `shapes` rendered here.
+Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`
+Clients      `pachinko_partition` (two label levels), `dirichlet_partition`
+Reading      `ImagePool`: images through a transform, in memory when they are small
+CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
+             `encode_once` (image features, cached)
 """
 import difflib
 import hashlib
 import inspect
+import logging
 import re
 import tarfile
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,11 +39,12 @@ def long_tail_counts(n_max, num_classes, imbalance):
     """Images per class, most frequent first: n_c = floor(n_max · imbalance^(-c / (C - 1))).
 
     n_max: images of the most frequent class; imbalance >= 1: most over least frequent, e.g. 100.
-    Returns a list of num_classes ints. Source: Cui et al., CVPR 2019; used by all long-tailed CIFARs.
+    Returns a list of num_classes ints. Source: Cui et al., CVPR 2019; used by all long-tailed
+    CIFARs.
     """
     if n_max < 1 or num_classes < 1 or imbalance < 1:
         raise ValueError("long_tail_counts needs n_max >= 1, num_classes >= 1 and imbalance >= 1")
-    return [int(n_max * (1 / imbalance) ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
+    return [int(n_max / imbalance ** (c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
 
 def long_tail_indices(labels, counts, rng):
@@ -66,7 +69,8 @@ def frequency_groups(counts, rule):
         many, med, few = np.array_split(order, 3)
     else:
         high, low = rule
-        many, med, few = (np.flatnonzero(counts > high), np.flatnonzero((counts <= high) & (counts > low)),
+        many, med, few = (np.flatnonzero(counts > high),
+                          np.flatnonzero((counts <= high) & (counts > low)),
                           np.flatnonzero(counts <= low))
     return {"many": np.sort(many), "med": np.sort(med), "few": np.sort(few)}
 
@@ -80,9 +84,10 @@ def pachinko_partition(coarse, fine, num_clients, beta, rng, fine_beta=10.0):
     """Equal-sized non-IID clients by the pachinko allocation over two label levels.
 
     Every client draws floor(N / K) samples: a mixture Dirichlet(beta) over the coarse labels and
-    Dirichlet(fine_beta) over the fine labels inside each; a sample's coarse, then fine label is drawn
-    from them, then one of that label's remaining samples. Exhausted labels leave and the weights of the
-    others are renormalised. Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
+    Dirichlet(fine_beta) over the fine labels inside each; a sample's coarse, then fine label is
+    drawn from them, then one of that label's remaining samples. Exhausted labels leave and the
+    weights of the others are renormalised. Source: Reddi et al., "Adaptive Federated Optimization",
+    ICLR 2021.
 
     coarse, fine: (N,) int labels; beta > 0, smaller = more skewed -> list of K sorted int64 arrays.
     """
@@ -97,7 +102,8 @@ def pachinko_partition(coarse, fine, num_clients, beta, rng, fine_beta=10.0):
         mine = []
         for _ in range(len(fine) // num_clients):
             c = _draw(weight, np.array([any(left[f] for f in children[p]) for p in parents]), rng)
-            f = _draw(inner[parents[c]], np.array([bool(left[f]) for f in children[parents[c]]]), rng)
+            f = _draw(inner[parents[c]], np.array([bool(left[f]) for f in children[parents[c]]]),
+                      rng)
             mine.append(left[children[parents[c]][f]].pop())
         clients.append(np.sort(np.array(mine, dtype=np.int64)))
     return clients
@@ -114,32 +120,36 @@ def _draw(weights, available, rng):
 def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries=1000):
     """Non-IID clients: each class is cut over the clients by one Dirichlet(beta) draw.
 
-    A client that already holds N / K training samples gets nothing of further classes. The test samples
-    of a class are cut by the same proportions. Redrawn until every client has a training and a test
-    sample. Source: Hsu et al. 2019, with the cap of Wang et al., ICLR 2020.
+    A client that already holds N / K training samples gets nothing of further classes. The test
+    samples of a class are cut by the same proportions. Redrawn until every client has a training
+    and a test sample. Source: Hsu et al. 2019, with the cap of Wang et al., ICLR 2020.
 
     train_labels, test_labels: (N,), (M,) ints in 0..C-1; beta > 0
-    -> two lists of K sorted int64 arrays (training and test indices). UserError if no draw serves all.
+    -> two lists of K sorted int64 arrays (training, test). UserError if no draw serves all.
     """
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
     for _ in range(tries):
         train, test = [[] for _ in range(num_clients)], [[] for _ in range(num_clients)]
         held = np.zeros(num_clients)
-        for c in range(int(train_labels.max()) + 1):
-            share = rng.dirichlet(np.full(num_clients, beta)) * (held < len(train_labels) / num_clients)
+        for c in range(int(max(train_labels.max(), test_labels.max())) + 1):
+            room = held < len(train_labels) / num_clients
+            share = rng.dirichlet(np.full(num_clients, beta)) * room
             if share.sum() <= 0:
                 share = np.ones(num_clients)
             cuts = np.cumsum(share / share.sum())[:-1]
             for labels, parts in ((train_labels, train), (test_labels, test)):
                 members = rng.permutation(np.flatnonzero(labels == c))
-                for part, piece in zip(parts, np.split(members, (cuts * len(members)).astype(int)), strict=True):
+                pieces = np.split(members, (cuts * len(members)).astype(int))
+                for part, piece in zip(parts, pieces, strict=True):
                     part.append(piece)
             held = np.array([sum(map(len, part)) for part in train])
-        train, test = ([np.sort(np.concatenate(p)).astype(np.int64) for p in parts] for parts in (train, test))
+        train, test = ([np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+                       for parts in (train, test))
         if all(map(len, train)) and all(map(len, test)):
             return train, test
-    raise UserError(f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test "
-                    f"sample in {tries} draws; use fewer --clients or a larger --beta")
+    raise UserError(
+        f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test "
+        f"sample in {tries} draws; use fewer --clients or a larger --beta")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,9 +161,9 @@ def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries
 class ImageSet:
     """A labelled image set with a balanced (or the official) test part.
 
-    train, test: sequences of PIL images (lazily opened); train_labels, test_labels: (N,) int64 arrays;
-    template: a caption with {} for the class name; coarse: (C,) coarse label of each class, if any;
-    long_tailed: True when the training part is long-tailed already.
+    train, test: sequences of PIL images (lazily opened); train_labels, test_labels: (N,) int64
+    arrays; template: a caption with {} for the class name; coarse: (C,) coarse label of each class,
+    if any; long_tailed: True when the training part is long-tailed already.
     """
     name: str
     class_names: list
@@ -186,7 +196,7 @@ class Images:
         try:
             with Image.open(item) as image:
                 return image.convert("RGB")
-        except OSError as error:
+        except Exception as error:  # PIL: OSError, ValueError, SyntaxError, DecompressionBombError
             raise UserError(f"{item} is not a readable image ({error})") from None
 
     def subset(self, indices):
@@ -209,16 +219,19 @@ TORCHVISION_SETS = {
     "cifar100": ("CIFAR100", [{"train": True}], {"train": False}, PHOTO),
     "cifar10": ("CIFAR10", [{"train": True}], {"train": False}, PHOTO),
     "fashion-mnist": ("FashionMNIST", [{"train": True}], {"train": False}, PHOTO),
-    "food101": ("Food101", [{"split": "train"}], {"split": "test"}, "a photo of {}, a type of food."),
+    "food101": ("Food101", [{"split": "train"}], {"split": "test"},
+                "a photo of {}, a type of food."),
     "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}, "{} texture."),
-    "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}, "a photo of a {}, a type of aircraft."),
-    "pets": ("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"}, "a photo of a {}, a type of pet."),
+    "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"},
+                 "a photo of a {}, a type of aircraft."),
+    "pets": ("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"},
+             "a photo of a {}, a type of pet."),
 }
 OWN_SETS = ["dogs", "imagenet", "places", "shapes"]
 IMAGE_SETS = sorted([*TORCHVISION_SETS, *OWN_SETS])
 
-# CIFAR-100's 20 coarse classes in the order of its `coarse_label_names`, as fine labels per coarse one
-# (torchvision reads only the fine labels).
+# CIFAR-100's 20 coarse classes in the order of its `coarse_label_names`, as fine labels per coarse
+# one (torchvision reads only the fine labels).
 CIFAR100_COARSE = [
     "beaver dolphin otter seal whale", "aquarium_fish flatfish ray shark trout",
     "orchid poppy rose sunflower tulip", "bottle bowl can cup plate",
@@ -234,15 +247,15 @@ CIFAR100_COARSE = [
 
 
 def readable(name):
-    """A class or folder name as words for a caption: underscores, hyphens and slashes become spaces."""
-    return " ".join(re.sub(r"[_/\-]+", " ", str(name)).split())
+    """A class name as words of a caption: underscores become spaces."""
+    return " ".join(str(name).replace("_", " ").split())
 
 
 def load_images(name, data_dir, seed=0):
-    """The ImageSet `name`: one of IMAGE_SETS or "folder:PATH"; downloads into data_dir where it can.
+    """The ImageSet `name`, one of IMAGE_SETS or "folder:PATH"; downloads into data_dir if it can.
 
-    seed matters for `shapes` only, which is drawn from it. UserError: unknown name, missing or empty
-    files, no network (the message says what to put where).
+    seed matters for `shapes` only, which is drawn from it. UserError: unknown name, missing or
+    empty files, no network (the message says what to put where).
     """
     data_dir = Path(data_dir)
     if name.startswith("folder:"):
@@ -255,7 +268,8 @@ def load_images(name, data_dir, seed=0):
         return _dogs_set(data_dir)
     if name in ("imagenet", "places"):
         return _list_file_set(name, data_dir)
-    raise UserError(f"unknown image set {name!r}; there are {', '.join(IMAGE_SETS)} and folder:PATH")
+    raise UserError(
+        f"unknown image set {name!r}; there are {', '.join(IMAGE_SETS)} and folder:PATH")
 
 
 def _torchvision_set(name, data_dir):
@@ -265,10 +279,11 @@ def _torchvision_set(name, data_dir):
     def read(split):
         try:
             part = load(root=str(data_dir), download=True, **split)
-        except Exception as error:  # URLError, a checksum or archive error, a missing or damaged file
+        except Exception as error:  # network, checksum, archive and file errors
             raise UserError(
-                f"{name}: torchvision could not download or read it ({type(error).__name__}: {error}). "
-                f"Without a network, put the files of torchvision.datasets.{kind} under {data_dir}") from None
+                f"{name}: cannot download or read it ({type(error).__name__}: {error}). "
+                f"Without a network, put the files of torchvision.datasets.{kind} under {data_dir}"
+            ) from None
         if hasattr(part, "data"):
             source, labels = np.asarray(part.data), part.targets
         else:  # torchvision keeps the file lists of these sets in attributes only
@@ -284,16 +299,19 @@ def _torchvision_set(name, data_dir):
     if name == "cifar100":
         parent = {fine: i for i, names in enumerate(CIFAR100_COARSE) for fine in names.split()}
         coarse = np.array([parent[c] for c in classes])
-    return ImageSet(name, [readable(c) for c in classes], template, train, labels, test, test_labels, coarse)
+    return ImageSet(name, [readable(c) for c in classes], template, train, labels, test,
+                    test_labels, coarse)
 
 
 def _folder_set(path):
-    """train/<class>/* and test/<class>/*; without a test folder the last fifth of each class is the test."""
+    """train/<class>/* and test/<class>/*; without test/ a fifth of each class is the test."""
     if not path.is_dir():
-        raise UserError(f"folder:{path}: there is no such folder; expected {path}/train/<class>/*.jpg "
-                        f"and {path}/test/<class>/*.jpg")
+        raise UserError(
+            f"folder:{path}: there is no such folder; expected {path}/train/<class>/*.jpg "
+            f"and {path}/test/<class>/*.jpg")
     if not (path / "train").is_dir() and (path / "test").is_dir():
-        raise UserError(f"folder:{path} has test/ but no train/; expected train/<class>/* and test/<class>/*")
+        raise UserError(
+            f"folder:{path} has test/ but no train/; expected train/<class>/* and test/<class>/*")
     has_split = (path / "train").is_dir()
     classes, train, labels = _image_tree(path / "train" if has_split else path)
     if (path / "test").is_dir():
@@ -303,23 +321,25 @@ def _folder_set(path):
             raise UserError(f"folder:{path}: train/ and test/ must have the same classes; "
                             f"only one of them has {', '.join(odd[:5])}")
     else:
-        late = np.concatenate([np.flatnonzero(labels == c)[int(np.ceil(.8 * (labels == c).sum())):]
+        late = np.concatenate([np.flatnonzero(labels == c)[max(1, int(.8 * (labels == c).sum())):]
                                for c in range(len(classes))])
         if len(np.unique(labels[late])) < len(classes):
-            raise UserError(f"folder:{path} has no test/ and too few images in some class to hold out a "
-                            "fifth of each; add test/<class>/* or at least 2 images per class")
+            raise UserError(
+                f"folder:{path} has no test/ and too few images in some class to hold out a "
+                "fifth of each; add test/<class>/* or at least 2 images per class")
         early = np.setdiff1d(np.arange(len(labels)), late)
         test, test_labels = [train[i] for i in late], labels[late]
         train, labels = [train[i] for i in early], labels[early]
-    return ImageSet(path.name, [readable(c) for c in classes], PHOTO, Images(train), labels,
-                    Images(test), test_labels)
+    names = [readable(c.replace("-", " ")) for c in classes]
+    return ImageSet(path.name, names, PHOTO, Images(train), labels, Images(test), test_labels)
 
 
 def _image_tree(root):
     """Class names, files and labels of root/<class>/*; every class folder must hold an image."""
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
-        raise UserError(f"{root} has {len(classes)} class folders; expected at least 2 (<class>/*.jpg)")
+        raise UserError(
+            f"{root} has {len(classes)} class folders; expected at least 2 (<class>/*.jpg)")
     files, labels = [], []
     endings = torchvision.datasets.folder.IMG_EXTENSIONS
     for c, name in enumerate(classes):
@@ -332,9 +352,11 @@ def _image_tree(root):
 
 
 LIST_FILE_HELP = {
-    "imagenet": ("imagenet-lt", "ImageNet_LT_train.txt and ImageNet_LT_test.txt (Liu et al., CVPR 2019) and "
+    "imagenet": ("imagenet-lt",
+                 "ImageNet_LT_train.txt and ImageNet_LT_test.txt (Liu et al., CVPR 2019) and "
                  "the ILSVRC-2012 folders train/<wnid>/ and val/ that their lines name"),
-    "places": ("places-lt", "Places_LT_train.txt and Places_LT_test.txt (Liu et al., CVPR 2019) and the "
+    "places": ("places-lt",
+               "Places_LT_train.txt and Places_LT_test.txt (Liu et al., CVPR 2019) and the "
                "Places-365 (256 pixels) folders that their lines name"),
 }
 
@@ -355,17 +377,18 @@ def _list_file_set(name, data_dir):
         names = list(open_clip.IMAGENET_CLASSNAMES)
     else:  # a Places path names its class: data_256/a/airfield/00000001.jpg
         first = {int(c): train[i] for i, c in reversed(list(enumerate(labels)))}
-        names = [readable("/".join(first[c].relative_to(root).parts[2:-1])) if c in first else f"class {c}"
-                 for c in range(int(labels.max()) + 1)]
+        folders = {c: " ".join(path.parts[len(root.parts) + 2:-1]) for c, path in first.items()}
+        names = [readable(folders.get(c, f"class {c}")) for c in range(int(labels.max()) + 1)]
     if labels.max() >= len(names) or test_labels.max() >= len(names):
         raise UserError(f"{root}: a label is larger than the {len(names)} classes of {name}")
-    return ImageSet(name, names, PHOTO, Images(train), labels, Images(test), test_labels, long_tailed=True)
+    return ImageSet(name, names, PHOTO, Images(train), labels, Images(test), test_labels,
+                    long_tailed=True)
 
 
 def read_list_file(path, root):
-    """Lines "relative/path label" -> (list of files under root, (N,) int64 labels); UserError if damaged."""
+    """Lines "path label" -> (files under root, (N,) int64 labels); UserError if damaged."""
     files, labels = [], []
-    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for i, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
@@ -384,7 +407,7 @@ DOGS_URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 
 
 def _dogs_set(data_dir):
-    """Stanford Dogs from its own site: images.tar and lists.tar (120 classes, 12,000 + 8,580 images)."""
+    """Stanford Dogs from its own site: images.tar, lists.tar (120 classes, 12,000 + 8,580)."""
     from scipy.io import loadmat  # the lists are MATLAB files; only this set needs the reader
 
     root = data_dir / "stanford-dogs"
@@ -402,8 +425,9 @@ def _dogs_set(data_dir):
             raise UserError(f"{path} is missing or not the list of {DOGS_URL}lists.tar "
                             f"({type(error).__name__}: {error})") from None
         if not files[0].exists():
-            raise UserError(f"{path} names {files[0]}, which does not exist; unpack {DOGS_URL}images.tar "
-                            f"into {root}")
+            raise UserError(
+                f"{path} names {files[0]}, which does not exist; unpack {DOGS_URL}images.tar "
+                f"into {root}")
     (train, labels), (test, test_labels) = parts
     first = {int(c): f for f, c in zip(train, labels, strict=True)}
     names = [readable(first[c].parent.name.partition("-")[2]) for c in sorted(first)]
@@ -418,8 +442,11 @@ def fetch_tar(url, root):
         root.mkdir(parents=True, exist_ok=True)
         if not archive.exists():
             torch.hub.download_url_to_file(url, str(archive))
-        with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
+        with tempfile.TemporaryDirectory(dir=root) as fresh:  # half an archive must not look whole
+            with tarfile.open(archive) as tar:
+                tar.extractall(fresh, filter="data")
+            for entry in Path(fresh).iterdir():
+                entry.replace(root / entry.name)
     except tarfile.TarError as error:
         raise UserError(f"{archive} is damaged ({error}); delete it and try again") from None
     except OSError as error:  # includes URLError
@@ -435,8 +462,8 @@ def fetch_tar(url, root):
 class ImagePool(Dataset):
     """Images through a transform: `pool.batches(index_lists)` yields (B, 3, H, W) float tensors.
 
-    Small un-augmented pools are kept in memory after the first pass. With `augmented=True` the random
-    transform of sample i is drawn from (seed, i, visit), so it does not depend on `workers`.
+    `preload` keeps a small pool's un-augmented images in memory. The random transform of a sample
+    is drawn from a seed that comes with its index, so it does not depend on `workers`.
     """
     IN_MEMORY = 2 ** 28  # floats: 1 GiB
 
@@ -451,12 +478,12 @@ class ImagePool(Dataset):
         if isinstance(item, tuple):
             i, seed = item
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # the CPU's only
                 return self.random_transform(self.images[i])
         return self.transform(self.images[item])
 
     def preload(self):
-        """Keep all transformed images on the device if they are small enough; returns whether they are."""
+        """Keep all transformed images on the device if they are small; returns whether."""
         if self.pixels is None and len(self) and self[0].numel() * len(self) <= self.IN_MEMORY:
             self.pixels = torch.cat(list(self.batches([range(i, min(i + 256, len(self)))
                                                        for i in range(0, len(self), 256)])))
@@ -475,12 +502,17 @@ class ImagePool(Dataset):
         if seeds is not None:
             items = [list(zip(b, s, strict=True)) for b, s in zip(items, seeds, strict=True)]
         generator = torch.Generator().manual_seed(0)  # keep the loader off torch's global generator
-        for batch in DataLoader(self, batch_sampler=items, num_workers=self.workers, generator=generator):
-            yield batch.to(self.device)
+        loader = DataLoader(self, batch_sampler=items, num_workers=self.workers,
+                            generator=generator)
+        try:
+            for batch in loader:
+                yield batch.to(self.device)
+        except UserError as error:  # a worker's comes with its traceback as text
+            raise UserError(str(error).rpartition("UserError: ")[2], error.code) from None
 
 
 def pixel_transform(size, mean, std, interpolation=transforms.InterpolationMode.BICUBIC, crop=None):
-    """Resize to (size, size), optionally with random resized crop and flip (`crop`: least area), normalise."""
+    """Resize to (size, size) and normalise; `crop` (least area): random resized crop and flip."""
     first = [transforms.Resize((size, size), interpolation)] if crop is None else \
         [transforms.RandomResizedCrop(size, (crop, 1.0), interpolation=interpolation),
          transforms.RandomHorizontalFlip()]
@@ -491,28 +523,33 @@ def pixel_transform(size, mean, std, interpolation=transforms.InterpolationMode.
 # Small world "shapes": coloured textures
 # ------------------------------------------------------------------------------------------------
 
-COLOURS = {"red": (220, 40, 40), "green": (50, 170, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50),
-           "purple": (140, 60, 180), "orange": (240, 140, 40), "cyan": (60, 200, 210), "pink": (245, 150, 190),
-           "brown": (130, 85, 45), "grey": (140, 140, 140)}
+COLOURS = {
+    "red": (220, 40, 40), "green": (50, 170, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50),
+    "purple": (140, 60, 180), "orange": (240, 140, 40), "cyan": (60, 200, 210),
+    "pink": (245, 150, 190), "brown": (130, 85, 45), "grey": (140, 140, 140)
+}
 TEXTURES = ["plain", "horizontal", "vertical", "diagonal", "checked", "dotted", "gridded", "ringed",
             "shaded", "speckled"]
-SHAPE_TEMPLATE = "a photo of a {} tile"
+SHAPE_TEMPLATE = "a photo of a {} tile."
 
 
 def render_tile(colour, texture, rng, noise=0.0, contrast=1.0, clutter=0, size=32):
-    """One (size, size, 3) uint8 image of a coloured texture with random phase, period and lightness.
+    """A coloured texture with random phase, period and lightness: (size, size, 3) uint8.
 
-    noise: standard deviation of pixel noise (of 1); contrast: factor about mid-grey; clutter: number of
-    random patches that cover parts of it. These three are the shift between the two worlds.
+    noise: standard deviation of pixel noise (of 1); contrast: factor about mid-grey; clutter:
+    number of random patches that cover parts of it. These three are the shift between the two
+    worlds.
     """
     y, x = np.mgrid[0:size, 0:size] + rng.uniform(0, 8, (2, 1, 1))
     period = rng.uniform(5, 8)
-    wave = {"horizontal": np.sin(2 * np.pi * y / period), "vertical": np.sin(2 * np.pi * x / period),
-            "diagonal": np.sin(2 * np.pi * (x + y) / (1.4 * period)),
-            "checked": np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period) * 3,
-            "dotted": 4 * (np.cos(2 * np.pi * x / period) + np.cos(2 * np.pi * y / period) - 1),
-            "gridded": 6 * np.maximum(np.cos(2 * np.pi * x / period), np.cos(2 * np.pi * y / period)) - 4,
-            "ringed": np.sin(2 * np.pi * np.hypot(x - x.mean(), y - y.mean()) / period)}
+    wave = {
+        "horizontal": np.sin(2 * np.pi * y / period), "vertical": np.sin(2 * np.pi * x / period),
+        "diagonal": np.sin(2 * np.pi * (x + y) / (1.4 * period)),
+        "checked": np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period) * 3,
+        "dotted": 4 * (np.cos(2 * np.pi * x / period) + np.cos(2 * np.pi * y / period) - 1),
+        "gridded": 6 * np.cos(2 * np.pi * np.stack([x, y]) / period).max(0) - 4,
+        "ringed": np.sin(2 * np.pi * np.hypot(x - x.mean(), y - y.mean()) / period),
+    }
     if texture == "plain":
         ink = np.ones((size, size))
     elif texture == "shaded":
@@ -527,7 +564,7 @@ def render_tile(colour, texture, rng, noise=0.0, contrast=1.0, clutter=0, size=3
         h, w = rng.integers(size // 5, size // 3, 2)
         top, left = rng.integers(0, size - h), rng.integers(0, size - w)
         image[top:top + h, left:left + w] = rng.random(3)
-    image = .5 + contrast * (image - .5) + rng.normal(0, noise, image.shape) if noise or contrast != 1 else image
+    image = .5 + contrast * (image - .5) + rng.normal(0, noise, image.shape)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -537,7 +574,7 @@ SHIFTED = {"noise": .16, "contrast": .8, "clutter": 2}
 
 
 def render_tiles(per_class, rng, **look):
-    """per_class[c] images of each of the 100 classes -> (N, 32, 32, 3) uint8 and (N,) int64 labels."""
+    """per_class[c] images of each of 100 classes -> (N, 32, 32, 3) uint8, (N,) int64 labels."""
     pairs = [(c, t) for c in COLOURS for t in TEXTURES]
     labels = np.repeat(np.arange(len(pairs)), per_class)
     return np.stack([render_tile(*pairs[i], rng, **look) for i in labels]), labels.astype(np.int64)
@@ -546,8 +583,8 @@ def render_tiles(per_class, rng, **look):
 def shapes(seed, n_max=200, imbalance=100, n_test=20):
     """The small world: a long-tailed training part and a balanced test part of *shifted* tiles.
 
-    Which class is frequent is drawn from the seed. The tiny CLIP that goes with it (`tiny_clip`) has
-    seen clean and mildly noisy tiles only, in equal numbers: balanced, and beatable.
+    Which class is frequent is drawn from the seed. The tiny CLIP that goes with it (tiny_backbone)
+    has seen clean and mildly noisy tiles only, in equal numbers: balanced, and beatable.
     """
     rng = numpy_generator(seed, "shapes", "downstream")
     classes = len(COLOURS) * len(TEXTURES)
@@ -555,8 +592,8 @@ def shapes(seed, n_max=200, imbalance=100, n_test=20):
     train, labels = render_tiles(counts, rng, **SHIFTED)
     test, test_labels = render_tiles([n_test] * classes, rng, **SHIFTED)
     names = [f"{c} {t}" for c in COLOURS for t in TEXTURES]
-    return ImageSet("shapes", names, SHAPE_TEMPLATE, Images(train), labels, Images(test), test_labels,
-                    long_tailed=True)
+    return ImageSet("shapes", names, SHAPE_TEMPLATE, Images(train), labels, Images(test),
+                    test_labels, long_tailed=True)
 
 
 def shapes_pretraining(seed, per_class=60):
@@ -570,14 +607,15 @@ def shapes_pretraining(seed, per_class=60):
 def split_for_pretraining(images, share, rng):
     """Cut a balanced share of every class out of an ImageSet's training part.
 
-    share in (0, 1), of the rarest class's size -> (Images, labels) for pre-training, and the ImageSet
-    without them.
+    share in (0, 1), of the rarest class's size -> (Images, labels) for pre-training, and the
+    ImageSet without them.
     """
     counts = np.bincount(images.train_labels, minlength=images.num_classes)
     each = int(share * counts.min())
     if each < 1 or (counts - each).min() < 1:
-        raise UserError(f"--pretrain-share {share} of the rarest class ({counts.min()} images) leaves no "
-                        "image to pre-train on or none to federate; add images or change the share")
+        raise UserError(
+            f"--pretrain-share {share} of the rarest class ({counts.min()} images) leaves no "
+            "image to pre-train on or none to federate; add images or change the share")
     seen = long_tail_indices(images.train_labels, [each] * images.num_classes, rng)
     kept = np.setdiff1d(np.arange(len(images.train_labels)), seen)
     rest = replace(images, train=images.train.subset(kept), train_labels=images.train_labels[kept])
@@ -593,8 +631,8 @@ def split_for_pretraining(images, share, rng):
 class Backbone:
     """A CLIP in eval mode with what goes around it.
 
-    clip: the model; tokenizer(list of N texts) -> (N, L) ids; transform and random_transform: PIL image
-    -> (3, size, size), as the model was trained, and with random crop and flip.
+    clip: the model; tokenizer(list of N texts) -> (N, L) ids; transform and random_transform: PIL
+    image -> (3, size, size), as the model was trained, and with random crop and flip.
     """
     clip: torch.nn.Module
     tokenizer: object
@@ -610,7 +648,7 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
     """
     name, _, tag = model.partition(":")
     if name not in open_clip.list_models():
-        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), 3)) or "list_models()"
+        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models())) or "its list"
         raise UserError(f"--model {name!r} is not an open_clip model; see {close}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights is None and tag not in ["random", *tags]:
@@ -620,29 +658,36 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
         raise UserError(f"--weights {weights} does not exist; expected a checkpoint of {name}")
     source = str(weights) if weights else None if tag == "random" else tag
     seed_torch(seed, "random CLIP")
+    logging.disable(logging.CRITICAL)  # open_clip logs what the line below says
     try:
         clip, _, transform = open_clip.create_model_and_transforms(
             name, source, device=device, cache_dir=str(cache_dir))
+        tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # hub, network, pickle and key errors of three libraries
         what = f"read {weights} as {name}" if weights else f"download {model}"
-        raise UserError(f"cannot {what} ({type(error).__name__}: {str(error)[:200]}). Without a network, "
-                        f"get the checkpoint elsewhere and say --model {name} --weights FILE") from None
+        raise UserError(
+            f"cannot {what} ({type(error).__name__}: {str(error)[:200]}). Without a network, "
+            f"get the checkpoint elsewhere and say --model {name} --weights FILE") from None
+    finally:
+        logging.disable(logging.NOTSET)
     size = clip.visual.image_size
     size = size[0] if isinstance(size, tuple) else size
     crop = pixel_transform(size, clip.visual.image_mean, clip.visual.image_std, crop=.08)
-    return Backbone(clip.eval(), open_clip.get_tokenizer(name), transform, crop, size)
+    return Backbone(clip.eval(), tokenizer, transform, crop, size)
 
 
 def encode_once(clip, pool, device, cache_dir, progress=lambda items, *_, **__: items):
-    """Image features (N, E) of a whole ImagePool before normalisation, cached under what made them."""
+    """Image features (N, E) of an ImagePool before normalisation, cached under what made them."""
     source = pool.images.source
     if isinstance(source, np.ndarray):
         made_of = source.tobytes()
     else:
         stats = [Path(p).stat() for p in source]
-        made_of = repr([(str(p), s.st_size, s.st_mtime_ns) for p, s in zip(source, stats, strict=True)]).encode()
+        made_of = repr([(str(p), s.st_size, s.st_mtime_ns)
+                        for p, s in zip(source, stats, strict=True)]).encode()
     weights = [p.double().sum().item() for p in clip.visual.state_dict().values()]
-    key = cache_key(hashlib.blake2b(made_of).hexdigest(), weights, repr(pool.transform), device.type)
+    key = cache_key(
+        hashlib.blake2b(made_of).hexdigest(), weights, repr(pool.transform), device.type)
 
     @torch.no_grad()
     def encode():
@@ -650,22 +695,26 @@ def encode_once(clip, pool, device, cache_dir, progress=lambda items, *_, **__: 
         batches = progress(pool.batches(chunks), "encoding images once", total=len(chunks))
         return torch.cat([clip.encode_image(batch.to(device)).cpu() for batch in batches])
 
-    return cached(Path(cache_dir) / f"features-{key}.pt", encode, "cached image features").to(device)
+    return cached(Path(cache_dir) / f"features-{key}.pt", encode,
+                  "cached image features").to(device)
 
 
 class WordTokenizer:
-    """One token per word: the vocabulary is every word of `texts`. Call it like open_clip's tokenizers.
+    """One token per word; the vocabulary is every word of `texts`. Called like open_clip's.
 
-    0 pads, 1 is an unknown word (also the "X" of a prompt to learn), then the words, then start and end
-    of text: the end has the largest id, where open_clip's text tower reads its output.
+    0 pads; 1 to UNKNOWN are words it does not know, in turn (the "X X X X" of a prompt to learn);
+    then the words, then start and end of text: the end has the largest id, where open_clip's text
+    tower reads its output.
     """
+
+    UNKNOWN = 4
 
     def __init__(self, texts, context_length):
         self.context_length = context_length
-        words = sorted({w for text in texts for w in self.words(text)})
-        self.ids = {w: i for i, w in enumerate(words, 2)}
-        self.start, self.end = len(words) + 2, len(words) + 3
-        self.vocab_size = len(words) + 4
+        words = sorted({w for text in texts for w in self.words(text)} - {"x"})
+        self.ids = {w: i for i, w in enumerate(words, 1 + self.UNKNOWN)}
+        self.start, self.end = len(words) + 1 + self.UNKNOWN, len(words) + 2 + self.UNKNOWN
+        self.vocab_size = self.end + 1
 
     @staticmethod
     def words(text):
@@ -676,9 +725,11 @@ class WordTokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         out = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(out, texts, strict=True):
-            ids = [self.start, *(self.ids.get(w, 1) for w in self.words(text)), self.end]
+            ids = [self.ids.get(w, 1 + i % self.UNKNOWN) for i, w in enumerate(self.words(text))]
+            ids = [self.start, *ids, self.end]
             if len(ids) > self.context_length:
-                raise UserError(f"the text {text!r} is longer than the tiny model's {self.context_length} tokens")
+                raise UserError(f"the text {text!r} is longer than the tiny model's "
+                                f"{self.context_length} tokens")
             row[:len(ids)] = torch.tensor(ids)
         return out
 
@@ -699,6 +750,7 @@ class TinyConfig:
     std: tuple = field(default=(.25, .25, .25))
 
 
+CAPTIONS = ["X X X X {}."]
 PHOTO_TINY = TinyConfig(epochs=16, batch=100, lr=2e-3, augment=True)
 
 
@@ -706,12 +758,14 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
                   progress=lambda items, *_, **__: items):
     """A small open_clip.CLIP trained contrastively on captioned images; cached by what made it.
 
-    images, labels: an Images sequence and its (N,) labels; template: caption with {};
+    images, labels: an Images sequence and its (N,) labels; template: caption with {}, which is used
+    beside CAPTIONS, so that the text tower knows class names in more than one place of a sentence;
     progress(iterable, what): a progress bar.
     """
-    captions = [template.format(name) for name in class_names]
-    longest = max(len(WordTokenizer.words(c)) for c in captions)
-    tokenizer = WordTokenizer(captions, context_length=longest + 8)  # room for a learned context
+    captions = [[t.format(name) for name in class_names] for t in (template, *CAPTIONS)]
+    longest = max(len(WordTokenizer.words(c)) for row in captions for c in row)
+    # 8 more tokens leave room for a learned context
+    tokenizer = WordTokenizer([c for row in captions for c in row], longest + 8)
     seed_torch(seed, "tiny-clip", "init")
     clip = open_clip.CLIP(
         embed_dim=config.width,
@@ -720,15 +774,19 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
         text_cfg={"context_length": tokenizer.context_length, "vocab_size": tokenizer.vocab_size,
                   "width": config.width, "heads": 2, "layers": config.text_layers})
     transform = pixel_transform(config.image_size, config.mean, config.std)
-    pixels = torch.stack([transform(images[i]) for i in progress(range(len(images)), "reading images")])
-    key = cache_key(config, seed, captions, list(labels), hashlib.blake2b(pixels.numpy()).hexdigest(),
-                    inspect.getsource(_pretrain), inspect.getsource(WordTokenizer))
+    pixels = torch.stack([transform(images[i])
+                          for i in progress(range(len(images)), "reading images")])
+    key = cache_key(config, seed, captions, list(labels),
+                    hashlib.blake2b(pixels.numpy()).hexdigest(), inspect.getsource(_pretrain),
+                    inspect.getsource(WordTokenizer))
 
     def make():
-        _pretrain(clip, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed, progress)
+        tokens = torch.stack([tokenizer(row) for row in captions])  # (templates, C, L)
+        _pretrain(clip, pixels, torch.as_tensor(labels), tokens, config, seed, progress)
         return clip.state_dict()
 
-    clip.load_state_dict(cached(Path(cache_dir) / f"tiny-clip-{key}.pt", make, "a cached tiny CLIP"))
+    path = Path(cache_dir) / f"tiny-clip-{key}.pt"
+    clip.load_state_dict(cached(path, make, "a cached tiny CLIP"))
     crop = pixel_transform(config.image_size, config.mean, config.std, crop=.5)
     return Backbone(clip.eval().to(device), tokenizer, transform, crop, config.image_size)
 
@@ -736,16 +794,19 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
 def _pretrain(model, pixels, labels, tokens, config, seed, progress):
     """Symmetric CLIP loss (Radford et al. 2021) over (image, caption of its class) pairs.
 
-    Images of one class share their caption, so a row may have several right answers: the targets are
-    spread over them evenly. pixels (N, 3, H, W), labels (N,), tokens (C, L).
+    Images of one class share their caption, so a row may have several right answers: the targets
+    are spread over them evenly. pixels (N, 3, H, W), labels (N,), tokens (templates, C, L): each
+    step takes one template. The embeddings of unknown words are drawn anew each step, N(0, 0.02²):
+    the text tower learns to read a class name whatever stands around it, as a large CLIP does from
+    its captions.
     """
+    config = replace(config, batch=min(config.batch, len(pixels)))
     steps = config.epochs * (len(pixels) // config.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
     rng = numpy_generator(seed, "tiny-clip", "batches")
+    seed_torch(seed, "tiny-clip", "unknown words")
     model.train()
-    length = int(tokens.argmax(-1).max()) + 1  # the text tower is causal: what follows cannot matter
-    tokens = F.pad(tokens[:, :length], (0, tokens.shape[1] - length))
     for step in progress(range(steps), "pre-training a tiny CLIP"):
         if step % (len(pixels) // config.batch) == 0:
             order = torch.from_numpy(rng.permutation(len(pixels)))
@@ -760,10 +821,14 @@ def _pretrain(model, pixels, labels, tokens, config, seed, progress):
         y = labels[here]
         classes, column = y.unique(return_inverse=True)  # every caption once
         image = F.normalize(model.encode_image(batch), dim=-1)
-        text = F.normalize(model.encode_text(tokens[classes]), dim=-1)
+        template = tokens[rng.integers(len(tokens))]
+        with torch.no_grad():
+            model.token_embedding.weight[1:1 + WordTokenizer.UNKNOWN].normal_(std=.02)
+        text = F.normalize(model.encode_text(template[classes]), dim=-1)
         logits = model.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, distinct classes)
         same = F.one_hot(column, len(classes)).T.float()  # (distinct classes, B)
-        loss = (F.cross_entropy(logits, column) + F.cross_entropy(logits.T, same / same.sum(1, keepdim=True))) / 2
+        loss = (F.cross_entropy(logits, column)
+                + F.cross_entropy(logits.T, same / same.sum(1, keepdim=True))) / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,73 +1,81 @@
 """FedPuReL: purified gradients and residual personalisation for long-tailed federated CLIP
 
 Hou et al., "Fine-Tuning Impairs the Balancedness of Foundation Models in Long-tailed Personalized
-Federated Learning", CVPR 2026, arXiv 2605.02247. Authors' code: github.com/shihaohou/FedPuReL (20ce20a).
+Federated Learning", CVPR 2026, arXiv 2605.02247. Authors' code: github.com/shihaohou/FedPuReL
+(read at 20ce20a).
 
 The idea
-    K clients hold non-IID, long-tailed images. Federated fine-tuning of CLIP lifts the frequent classes
-    and destroys the balance between classes that CLIP had before any tuning. FedPuReL (1) removes from
-    every task gradient the part that works against "stay aligned with the zero-shot predictions", so
-    that the shared model stays balanced, and (2) freezes it and lets each client learn an additive
-    residual in logit space.
+    K clients hold non-IID, long-tailed images. Federated fine-tuning of CLIP lifts the frequent
+    classes and destroys the balance between classes that CLIP had before any tuning. FedPuReL
+    (1) removes from every task gradient the part that works against "stay aligned with the
+    zero-shot predictions", so that the shared model stays balanced, and (2) freezes that model and
+    lets each client learn an additive residual in logit space.
 
 Run
-    python fedpurel.py                                      two minutes, no download: the small world
-    python fedpurel.py --method all                         every method on the same clients and draws
-    python fedpurel.py --dataset cifar100-lt                the paper's main table (downloads CLIP, CIFAR)
-    python fedpurel.py --dataset folder:PATH --model tiny   your own pictures, no weights needed
+    python fedpurel.py                                     the small world: 2 minutes, no download
+    python fedpurel.py --method all                        all methods on the same clients and draws
+    python fedpurel.py --dataset cifar100-lt               the paper's main table, with real CLIP
+    python fedpurel.py --dataset folder:PATH --model tiny  your own pictures, no weights needed
 
-Paper map
-    E1 target entropy          target_entropy        E5 aggregation        fedavg
-    E2 alignment temperatures  alignment_temperature E6 residual logits    predict_personal
-    E3 TKL                     tkl_loss              E7 private objective  residual_loss
-    E4 purification            purify_gradient       the algorithm box     train_method
-    Numbers are ours, in the order of the paper's method section.
+Paper map (our numbers, in the order of the paper's method section)
+    Eq. E1  target entropy          target_entropy
+    Eq. E2  alignment temperatures  alignment_temperature
+    Eq. E3  TKL                     tkl_loss
+    Eq. E4  purification            purify_gradient, in tune_shared
+    Eq. E5  aggregation             fedavg
+    Eq. E6  residual logits         residual_loss, predict_personal
+    Eq. E7  private objective       residual_loss, in tune_private
+    The algorithm box               train_method (a round), tune_shared (stage 1), tune_private (2)
 
 Symbols
-    z        zero_shot_logits   (B, C)    logits of untuned CLIP
-    f        tuned_logits       (B, C)    logits of the model that is being tuned
-    H*       target             (B,)      entropy that both predictions are brought to
-    τ_z, τ_f temperature        (B,)      found by bisection in [0.05, 20]
-    g_task   task_grad          per tensor   gradient of the cross-entropy
-    g_align  align_grad         per tensor   gradient of TKL
-    λ_p      strength                     --strength 1
-    φ_g      global_params      dict      what clients share
-    φ_k      private[k]         dict      what client k keeps
-    l_G, l_P global_logits, private_logits (B, C)
-    λ        lam                          --lam 0.9
-    K, β     clients, beta                --clients 20 --beta 1
-    C, N, E, D   classes, images, embedding, transformer width
+    z         zero_shot_logits          (B, C)      logits of untuned CLIP
+    f         tuned_logits              (B, C)      logits of the model that is being tuned
+    H*        target_entropy            (B,)        entropy both predictions are brought to, nats
+    τ_z, τ_f  alignment_temperature     (B,)        in [0.05, 20]
+    g_task    task_grad                 a tensor    gradient of the cross-entropy
+    g_align   align_grad                a tensor    gradient of TKL
+    λ_p       strength                  number      --strength 1
+    φ_g       state["global"]           dict        the parameters that clients share
+    φ_k       state["private"][k]       dict        the parameters that client k keeps
+    l_G, l_P  global_, private_logits   (B, C)
+    λ         lam                       number      --lam 0.9
+    K, β      clients, beta             numbers     --clients 20 --beta 1
+    C, N, E, D   classes, images, width of the joint embedding, width of a tower
 
 Cost
-    With frozen towers nothing about an image changes: every image is encoded once and zero-shot and
-    global logits are matrix products. What is left is the text tower for C prompts a step, cut to the
-    longest text (10 instead of 77 tokens on CIFAR-100; it is causal) and with the shared prefix (start
-    token and context) computed once instead of C times. See benchmarks/fedpurel_round.py.
+    With frozen towers nothing about an image changes: every image is encoded once, and zero-shot
+    and global logits are matrix products. What is left is the text tower for C prompts a step, cut
+    to the longest text (10 instead of 77 tokens on CIFAR-100; the tower is causal), with the shared
+    prefix (start token and context) computed once instead of C times. LoRA tunes the image tower:
+    there only the teacher's features and l_G are computed once. benchmarks/fedpurel_round.py
+    measures both.
 
 Results
-    benchmarks/RESULTS.md (commands, hardware, minutes, seeds, mean ± std, the paper's numbers beside).
+    benchmarks/RESULTS.md: commands, hardware, minutes, seeds, mean ± std, the paper's beside ours.
 
-Where we depart (grep for the marks)
-    DEVIATION 1  a fresh optimiser per client; the authors' single one carries momentum from client to
-                 client (--recipe official keeps that).
-    DEVIATION 2  Many/Med/Few means count classes with accuracy 0; the authors' leave them out, which
-                 flatters the tail (--recipe official leaves them out).
-    DEVIATION 3  images go through CLIP's own preprocessing; the authors' code resizes CIFAR bilinearly
-                 and normalises with CIFAR statistics (--recipe official does).
-    DEVIATION 4  λ = 0.9 as in the paper; the authors' code has 0.99, and only the fused term of E7 with
-                 the adapter (--recipe official).
-    DEVIATION 5  --seed changes the long-tail draw and every other draw; in the authors' code they are
-                 always seeded with 1.
-    DEVIATION 6  peft's LoRA for nn.MultiheadAttention is not used: see AttentionLoRA.
-    UNSPECIFIED 1  the paper's balancedness: Kang et al. 2021, mean over class pairs, --sigma.
-    UNSPECIFIED 2  Many/Med/Few of personal models: per client over the classes it tests, then over clients.
-    UNSPECIFIED 3  "without residual": the private parameters alone make the personal prediction.
-    UNSPECIFIED 4  class prior of logit adjustment: the federation's summed class counts.
-    UNSPECIFIED 5  Aircraft, DTD and Pets tune on train + val; augmentation is CoOp's crop and flip.
+Where we depart (the marks can be searched for)
+    DEVIATION 1   a fresh optimiser per client; in the authors' code one optimiser lives on, so that
+                  momentum leaks from client to client (--recipe official keeps the leak).
+    DEVIATION 2   Many/Med/Few means count classes with accuracy 0; the authors' leave them out,
+                  which flatters the tail (--recipe official leaves them out).
+    DEVIATION 3   images go through CLIP's own preprocessing; the authors' code resizes CIFAR
+                  bilinearly and normalises by CIFAR's statistics (--recipe official does).
+    DEVIATION 4   λ = 0.9 as in the paper; the authors' code has 0.99, and with the adapter only the
+                  fused term of E7 (--recipe official).
+    DEVIATION 5   --seed changes the long-tail draw and every other draw; the authors' code seeds
+                  them with 1 whatever the seed.
+    DEVIATION 6   peft's LoRA layer for nn.MultiheadAttention is not used: see AttentionLoRA.
+    UNSPECIFIED 1 the paper's balancedness: we take the form of Kang et al. 2021 (--sigma).
+    UNSPECIFIED 2 Many/Med/Few of personal models: mean over the classes a client tests, then over
+                  the clients that test any of the group.
+    UNSPECIFIED 3 "without residual": the private parameters alone make the personal prediction.
+    UNSPECIFIED 4 class prior of logit adjustment: the federation's summed class counts, plus one.
+    UNSPECIFIED 5 Aircraft, DTD and Pets tune on train + val; --augment is CoOp's crop and flip.
 
 References
-    CoOp: Zhou et al., IJCV 2022. PromptFL: Guo et al., TMC 2023. FedProx: Li et al., MLSys 2020. Logit
-    adjustment: Menon et al., ICLR 2021. rsLoRA: Kalajdzievski 2023. CLIP-Adapter: Gao et al., IJCV 2024.
+    CoOp: Zhou et al., IJCV 2022. PromptFL: Guo et al., TMC 2023. FedProx: Li et al., MLSys 2020.
+    Logit adjustment: Menon et al., ICLR 2021. rsLoRA: Kalajdzievski, 2023. CLIP-LoRA: Zanella and
+    Ben Ayed, 2024. Balancedness: Kang et al., ICLR 2021.
 """
 # ================================================================================================
 # Setup
@@ -86,8 +94,11 @@ import common
 import data
 
 METHODS = ["zeroshot", "fedavg", "fedprox", "local", "fedavg-ft", "logit-adjust", "fedpurel"]
-LABELS = {"zeroshot": "zero-shot CLIP", "fedavg": "FedAvg", "fedprox": "FedProx", "local": "Local",
-          "fedavg-ft": "FedAvg + local tuning", "logit-adjust": "FedAvg + logit adj.", "fedpurel": "FedPuReL"}
+LABELS = {
+    "zeroshot": "zero-shot CLIP", "fedavg": "FedAvg", "fedprox": "FedProx", "local": "Local",
+    "fedavg-ft": "FedAvg + local tuning", "logit-adjust": "FedAvg + logit adj.",
+    "fedpurel": "FedPuReL",
+}
 
 # Defaults that depend on the data. The paper's are in the parser; a small world has its own.
 SMALL = {"model": "tiny", "rounds": 25, "lr": .1, "private_lr": .1, "threads": 1}
@@ -104,15 +115,15 @@ PRESETS = {
 
 
 class PromptLearner(nn.Module):
-    """Context vectors learned for all classes together (CoOp): text features of "[V]1 ... [V]n name."
+    """Context vectors learned for all classes together (CoOp): texts "[V]1 ... [V]n name."
 
-    clip: an open_clip.CLIP (a causal text tower of nn.MultiheadAttention blocks), frozen by the caller.
-    tokens: (C, L) token ids of "X X X X name." with n_ctx words X, end-of-text the largest id of a row.
-    forward() -> (C, E) text features, not normalised; only `ctx` (n_ctx, D) is trainable.
+    clip: an open_clip.CLIP with a causal text tower of nn.MultiheadAttention blocks; freeze it.
+    tokens: (C, L) ids of "X X X X name." with n_ctx words X; end-of-text is a row's largest id.
+    forward() -> (C, E) text features, not normalised. Only `ctx` (n_ctx, D) is to be trained.
 
     Equal to the full tower on all L tokens, at a fraction of the cost, because the tower is causal:
-    tokens after the longest end-of-text cannot matter, and the prefix (start of text and context) is the
-    same in all classes, so its keys and values are computed once instead of C times.
+    tokens after the longest end-of-text cannot matter, and the prefix (start of text and context)
+    is the same in all classes, so its keys and values are computed once instead of C times.
     """
 
     def __init__(self, clip, tokens, n_ctx=4):
@@ -124,10 +135,13 @@ class PromptLearner(nn.Module):
             words = clip.token_embedding(tokens[:, :length])  # (C, length, D)
         self.register_buffer("start", words[:1, :1].clone())  # (1, 1, D) start of text
         self.register_buffer("prefix_position", position[:prefix].clone())  # (P, D)
-        self.register_buffer("suffix", words[:, prefix:] + position[prefix:])  # (C, S, D) name . end
+        # (C, S, D): name . end-of-text, and for short names padding that nobody looks at
+        self.register_buffer("suffix", words[:, prefix:] + position[prefix:])
         self.register_buffer("ends", ends - prefix)
-        self.register_buffer("mask", torch.ones(length - prefix, length).tril(prefix).bool())  # (S, P+S)
-        self.blocks, self.ln_final, self.projection = clip.transformer.resblocks, clip.ln_final, clip.text_projection
+        causal = torch.ones(length - prefix, length, device=tokens.device).tril(prefix)
+        self.register_buffer("mask", causal.bool())  # (S, P + S)
+        self.blocks, self.ln_final = clip.transformer.resblocks, clip.ln_final
+        self.projection = clip.text_projection
         self.ctx = nn.Parameter(torch.empty(n_ctx, words.shape[-1], device=words.device))
         self.reset_parameters()
 
@@ -141,10 +155,11 @@ class PromptLearner(nn.Module):
         for i, block in enumerate(self.blocks):
             x, y = self._block(block, x, y, last=i + 1 == len(self.blocks))
         y = self.ln_final(y[torch.arange(len(y), device=y.device), self.ends])  # (C, D)
-        return self.projection(y) if isinstance(self.projection, nn.Linear) else y @ self.projection  # (C, E)
+        linear = isinstance(self.projection, nn.Linear)  # some open_clip models have a bias here
+        return self.projection(y) if linear else y @ self.projection  # (C, E)
 
     def _block(self, block, x, y, last):
-        """One pre-norm block on the prefix x (1, P, D), which sees itself, and suffixes y (C, S, D)."""
+        """A pre-norm block on the prefix x (1, P, D), seen by all, and suffixes y (C, S, D)."""
         attention = block.attn
 
         def heads(t):  # (B, T, D) -> queries, keys, values, each (B, heads, T, D / heads)
@@ -166,12 +181,13 @@ class PromptLearner(nn.Module):
 class AttentionLoRA(nn.Module):
     """A frozen self-attention whose query, key and value projections each get a rank-r update.
 
-    W_j x + b_j + (α / √r) B_j A_j dropout(x) for j in q, k, v: rsLoRA scaling, A_j Kaiming(√5), B_j zero.
-    Takes the place of a batch-first nn.MultiheadAttention: forward(x, ...) -> (attended (B, N, D), None).
+    W_j x + b_j + (α / √r) B_j A_j dropout(x) for j in q, k, v: rsLoRA scaling, A_j drawn by
+    Kaiming(√5), B_j zero. Takes the place of a batch-first nn.MultiheadAttention in self-attention:
+    forward(x, ...) -> (attended (B, N, D), None).
 
-    DEVIATION 6: peft's own layer for nn.MultiheadAttention puts one update on the packed (3D, D) weight,
-    so q, k and v share A; it adds the (3D, D) product to the weight on every call, refuses dropout, and
-    also adapts the output projection. benchmarks/fedpurel_round.py measures both.
+    DEVIATION 6: peft's own layer for nn.MultiheadAttention puts one update on the packed (3D, D)
+    weight, so q, k and v share A; it adds the (3D, D) product to the weight on every call, refuses
+    dropout, and also adapts the output projection. benchmarks/fedpurel_round.py measures both.
     """
 
     def __init__(self, attention, rank=8, alpha=16, dropout=.25):
@@ -194,17 +210,19 @@ class AttentionLoRA(nn.Module):
         update = [F.dropout(x, self.dropout, self.training) @ a.T @ b.T
                   for a, b in zip(self.down, self.up, strict=True)]
         qkv = qkv + self.scale * torch.cat(update, -1)
-        q, k, v = qkv.unflatten(-1, (3, own.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+        qkv = qkv.unflatten(-1, (3, own.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, heads, N, D / heads) each
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return own.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
 class FeatureAdapter(nn.Module):
-    """Softmax attention over the channels of an image feature: x (B, E) -> x · softmax(W2 tanh(W1 x))."""
+    """Attention over the channels of an image feature: x (B, E) -> x · softmax(W2 tanh(W1 x))."""
 
     def __init__(self, width):
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Softmax(-1))
+        first, second = nn.Linear(width, width), nn.Linear(width, width)
+        self.gate = nn.Sequential(first, nn.Tanh(), second, nn.Softmax(-1))
 
     def reset_parameters(self):
         self.gate[0].reset_parameters()
@@ -223,7 +241,8 @@ class TunedCLIP(nn.Module):
     text: (C, E) normalised text features for lora and adapter. Everything but the part is frozen.
     """
 
-    def __init__(self, clip, kind, text, prompt_tokens=None, n_ctx=4, rank=8, alpha=16, dropout=.25):
+    def __init__(self, clip, kind, text, prompt_tokens=None, n_ctx=4, rank=8, alpha=16,
+                 dropout=.25):
         super().__init__()
         self.kind = kind
         self.register_buffer("text", text)
@@ -234,7 +253,9 @@ class TunedCLIP(nn.Module):
                 block.attn = AttentionLoRA(block.attn, rank, alpha, dropout)
             parts = [b.attn for b in self.visual.transformer.resblocks]
         else:
-            self.part = PromptLearner(clip, prompt_tokens, n_ctx) if kind == "prompt" else FeatureAdapter(text.shape[1])
+            prompt = kind == "prompt"
+            self.part = PromptLearner(clip, prompt_tokens, n_ctx) if prompt else \
+                FeatureAdapter(text.shape[1])
             parts = [self.part]
         self.requires_grad_(False).eval()
         self.parts = parts  # a plain list: the modules are registered above
@@ -243,8 +264,13 @@ class TunedCLIP(nn.Module):
                 p.requires_grad_(name in ("ctx", "down", "up") or name.startswith("gate"))
 
     def forward(self, inputs):
-        text = F.normalize(self.part(), dim=-1) if self.kind == "prompt" else self.text  # (C, E)
-        image = self.visual(inputs) if self.kind == "lora" else self.part(inputs) if self.kind == "adapter" else inputs
+        text, image = self.text, inputs  # (C, E), (B, E)
+        if self.kind == "prompt":
+            text = F.normalize(self.part(), dim=-1)
+        elif self.kind == "adapter":
+            image = self.part(inputs)
+        else:
+            image = self.visual(inputs)
         return self.scale * F.normalize(image, dim=-1) @ text.T  # (B, C)
 
     def draw(self):
@@ -254,7 +280,7 @@ class TunedCLIP(nn.Module):
         return {n: p.detach().clone() for n, p in self.named_parameters() if p.requires_grad}
 
     def dropout(self, on):
-        """Turn the dropout of the LoRA branches on or off; the towers themselves stay in eval mode."""
+        """Turn the dropout of the LoRA branches on or off; the towers stay in eval mode."""
         for part in self.parts:
             part.training = on
 
@@ -270,7 +296,7 @@ def entropy(probabilities):
 
 
 def target_entropy(zero_shot_logits, tuned_logits):
-    """H* of E1: midway between the entropies of both predictions at temperature 1. (B, C) twice -> (B,)."""
+    """H*: midway between both predictions' entropies at temperature 1. (B, C) twice -> (B,)."""
     # Eq. (E1): H* = ½ [H(σ_1(f)) + H(σ_1(z))]
     return .5 * (entropy(tuned_logits.softmax(-1)) + entropy(zero_shot_logits.softmax(-1)))
 
@@ -278,9 +304,9 @@ def target_entropy(zero_shot_logits, tuned_logits):
 def alignment_temperature(logits, target_entropy, low=.05, high=20.0, halvings=20):
     """The temperature τ with H(softmax(logits / τ)) = target, per sample, by bisection (E2).
 
-    logits: (B, C); target_entropy: (B,) in nats -> (B,) in [low, high], to (high - low) / 2^(halvings+1).
-    Entropy never falls as τ rises, so bisection finds the root; a target outside what [low, high] can
-    reach gives the nearer end. No gradient flows through it.
+    logits: (B, C); target_entropy: (B,) in nats -> (B,) in [low, high], exact to
+    (high - low) / 2^(halvings + 1). Entropy never falls as τ rises, so bisection finds the root; a
+    target outside what [low, high] can reach gives the nearer end. No gradient flows through it.
     """
     with torch.no_grad():
         lower = torch.full_like(target_entropy, low)
@@ -288,7 +314,8 @@ def alignment_temperature(logits, target_entropy, low=.05, high=20.0, halvings=2
         for _ in range(halvings):
             middle = (lower + upper) / 2
             too_flat = entropy((logits / middle[:, None]).softmax(-1)) > target_entropy  # (B,)
-            lower, upper = torch.where(too_flat, lower, middle), torch.where(too_flat, middle, upper)
+            lower = torch.where(too_flat, lower, middle)
+            upper = torch.where(too_flat, middle, upper)
         return (lower + upper) / 2
 
 
@@ -296,13 +323,15 @@ def tkl_loss(zero_shot_logits, tuned_logits):
     """Temperature-aligned KL divergence (E3), mean over the batch. (B, C) twice -> scalar.
 
     Both predictions are first brought to the same entropy, so that what is compared is what they
-    believe, not how sure they are. Gradient flows through σ_τf(f) only: z, H*, τ_z and τ_f are constants.
+    believe, not how sure they are. The gradient flows through σ_τf(f) only: z, H*, τ_z and τ_f are
+    constants.
     """
     with torch.no_grad():
         z, f = zero_shot_logits, tuned_logits
         target = target_entropy(z, f)
         # Eq. (E2): H(σ_τz(z)) = H(σ_τf(f)) = H*, both in one bisection
-        tau_z, tau_f = alignment_temperature(torch.cat([z, f]), torch.cat([target, target])).chunk(2)
+        both, targets = torch.cat([z, f]), torch.cat([target, target])
+        tau_z, tau_f = alignment_temperature(both, targets).chunk(2)
     # Eq. (E3): TKL = KL(σ_τz(z) ‖ σ_τf(f))
     return kl_loss(zero_shot_logits / tau_z[:, None], tuned_logits / tau_f[:, None])
 
@@ -320,8 +349,9 @@ def kl_loss(zero_shot_logits, tuned_logits):
 def purify_gradient(task_grad, align_grad, strength=1.0):
     """Take out of the task gradient what opposes the alignment gradient (E4), for one tensor.
 
-    task_grad, align_grad: tensors of one shape; strength λ_p in [0, 1] -> tensor of that shape. At λ_p = 1
-    the result never increases the alignment loss to first order. A zero align_grad changes nothing.
+    task_grad, align_grad: tensors of one shape; strength λ_p in [0, 1] -> tensor of that shape. At
+    λ_p = 1 the result never increases the alignment loss to first order. A zero align_grad changes
+    nothing.
     """
     inner, square = (task_grad * align_grad).sum(), (align_grad * align_grad).sum()
     # Eq. (E4): g_task - λ_p ⟨g_task, g_align⟩ / ‖g_align‖² · g_align where ⟨g_task, g_align⟩ < 0
@@ -331,14 +361,15 @@ def purify_gradient(task_grad, align_grad, strength=1.0):
 
 
 def residual_loss(global_logits, private_logits, labels, lam):
-    """The private objective (E7): the sum of both logits must be right, and the private ones alone too.
+    """The private objective (E7): both logits' sum must be right, and the private ones alone too.
 
     (B, C) twice, labels (B,), lam = λ in [0, 1] -> scalar; gradient reaches private_logits only.
     """
     # Eq. (E6): l_final = l_G + l_P, l_G frozen
     final_logits = global_logits.detach() + private_logits
     # Eq. (E7): (1 - λ) CE(y, l_G + l_P) + λ CE(y, l_P)
-    return (1 - lam) * F.cross_entropy(final_logits, labels) + lam * F.cross_entropy(private_logits, labels)
+    fused, alone = (F.cross_entropy(logits, labels) for logits in (final_logits, private_logits))
+    return (1 - lam) * fused + lam * alone
 
 
 def fedavg(states, weights):
@@ -364,7 +395,8 @@ class Federation:
     """
 
     def __init__(self, clip, student, pool, features, text, labels, clients, test, groups, args):
-        self.clip, self.student, self.pool, self.features, self.text = clip, student, pool, features, text
+        self.clip, self.student, self.pool = clip, student, pool
+        self.features, self.text = features, text  # zero-shot: (N, E) of the pool, (C, E)
         self.labels = labels  # (N,) over the pool
         self.clients = clients  # K pairs (train, test) of index tensors into the pool
         self.test = test  # index tensor of the whole test set: a contiguous range
@@ -428,29 +460,36 @@ class Federation:
 def tune_shared(world, start, client, method, round_, momentum=None):
     """Stage 1: one local epoch of a client from the aggregate -> (parameters, momentum buffers).
 
-    fedpurel purifies the gradient; fedprox pulls towards the aggregate; logit-adjust shifts the logits.
+    fedpurel purifies the gradient; fedprox pulls towards the aggregate; logit-adjust shifts the
+    logits.
     """
     args, student = world.args, world.student
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
-    optimizer = torch.optim.SGD(params.values(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(params.values(), args.lr, args.momentum,
+                                weight_decay=args.weight_decay)
     if momentum is not None:
         optimizer.load_state_dict(momentum)
-    align = {"tkl": tkl_loss, "kl": kl_loss, "none": None}[args.align] if method == "fedpurel" else None
+    align = {"tkl": tkl_loss, "kl": kl_loss, "none": None}[args.align]
+    if method != "fedpurel":
+        align = None
     prior = ((world.class_counts + 1) / (world.class_counts + 1).sum()).log()  # UNSPECIFIED 4
     student.dropout(True)
     for _, indices, seeds in world.batches(client, "shared", round_):
         inputs, features = world.read(indices, seeds)
         labels = world.labels[indices]
         f = functional_call(student, params, (inputs,))  # (B, C)
-        loss = F.cross_entropy(f + args.logit_tau * prior if method == "logit-adjust" else f, labels)
+        shift = args.logit_tau * prior if method == "logit-adjust" else 0
+        loss = F.cross_entropy(f + shift, labels)
         grads = torch.autograd.grad(loss, list(params.values()), retain_graph=align is not None)
         if align is not None:
             z = world.zero_shot_logits(features)
             align_grads = torch.autograd.grad(align(z, f), list(params.values()))
             # Eq. (E4), for every tensor by itself
-            grads = [purify_gradient(g, a, args.strength) for g, a in zip(grads, align_grads, strict=True)]
+            grads = [purify_gradient(task_grad, align_grad, args.strength)
+                     for task_grad, align_grad in zip(grads, align_grads, strict=True)]
         if method == "fedprox":
-            grads = [g + args.prox_mu * (p - s) for g, p, s in zip(grads, params.values(), start.values(), strict=True)]
+            pull = [args.prox_mu * (params[n] - start[n]).detach() for n in params]
+            grads = [g + p for g, p in zip(grads, pull, strict=True)]
         for p, g in zip(params.values(), grads, strict=True):
             p.grad = g.detach()
         optimizer.step()
@@ -460,7 +499,7 @@ def tune_shared(world, start, client, method, round_, momentum=None):
 
 
 def tune_private(world, start, global_params, client, round_):
-    """Stage 2: one epoch of plain SGD on the private parameters, the fresh aggregate frozen (E6, E7)."""
+    """Stage 2: plain SGD on the private parameters over the frozen fresh aggregate (E6, E7)."""
     args, student = world.args, world.student
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
     optimizer = torch.optim.SGD(params.values(), args.private_lr)
@@ -498,33 +537,37 @@ def train_method(world, run, method, state, save):
     state: {"round", "global", "private", "momentum", "history"}; returns its history.
     """
     args, num_clients = world.args, len(world.clients)
-    for round_ in run.progress(range(state["round"], args.rounds), method, initial=state["round"], total=args.rounds):
+    rounds = range(state["round"], args.rounds)
+    for round_ in run.progress(rounds, method, initial=rounds.start, total=args.rounds):
         # Round 0 takes all clients, later rounds max(⌊frac · K⌋, 1) without replacement.
         rng = common.numpy_generator(args.seed, "clients", round_)
         some = rng.choice(num_clients, max(int(args.frac * num_clients), 1), replace=False)
         chosen = list(range(num_clients)) if round_ == 0 else sorted(some.tolist())
         mine = run.share(chosen)
         if method == "local":
-            private = {k: tune_shared(world, state["private"].get(k, state["base"]), k, method, round_)[0] for k in mine}
+            starts = {k: state["private"].get(k, state["base"]) for k in mine}
+            private = {k: tune_shared(world, starts[k], k, method, round_)[0] for k in mine}
             state["private"].update(to_device(run.gather(private), world))
         else:
             shared = {}
             for k in mine:
                 leak = state["momentum"] if args.recipe == "official" else None  # DEVIATION 1
-                shared[k], state["momentum"] = tune_shared(world, state["global"], k, method, round_, leak)
+                shared[k], state["momentum"] = tune_shared(
+                    world, state["global"], k, method, round_, leak)
             shared = to_device(run.gather(shared), world)
-            # Eq. (E5)
-            state["global"] = fedavg([shared[k] for k in chosen], [len(world.clients[k][0]) for k in chosen])
+            sizes = [len(world.clients[k][0]) for k in chosen]  # n_k
+            state["global"] = fedavg([shared[k] for k in chosen], sizes)
         if method == "fedpurel":
-            private = {k: tune_private(world, state["private"].get(k, state["base"]), state["global"], k, round_)
-                       for k in mine}
+            starts = {k: state["private"].get(k, state["base"]) for k in mine}
+            private = {k: tune_private(world, starts[k], state["global"], k, round_) for k in mine}
             state["private"].update(to_device(run.gather(private), world))
         state["round"] = round_ + 1
         if state["round"] % args.eval_every == 0 or state["round"] == args.rounds:
-            state["history"].append({"round": state["round"], **evaluate(world, run, method, state)})
-            last = state["history"][-1]
-            run.log(method=method, round=state["round"], **{f"{part.upper()}_{key}": last[part][key]
-                    for part in ("gm", "pm") if last[part] for key in ("all", "many", "med", "few")})
+            scores = evaluate(world, run, method, state)
+            state["history"].append({"round": state["round"], **scores})
+            run.log(method=method, round=state["round"], **{
+                f"{part.upper()}_{key}": scores[part][key] for part in ("gm", "pm") if scores[part]
+                for key in ("all", "many", "med", "few")})
         save(state)
     return state["history"]
 
@@ -544,24 +587,31 @@ def evaluate(world, run, method, state):
         global_logits = world.zero_shot_logits(world.features[world.test])
     elif method != "local":
         global_logits = world.logits(state["global"], world.test, run)  # (N_test, C)
-    personal = {k: predict_personal(world, method, state, k, global_logits) for k in run.share(range(len(world.clients)))}
-    personal = run.gather(personal)
+    mine = run.share(range(len(world.clients)))
+    personal = run.gather({k: predict_personal(world, method, state, k, global_logits)
+                           for k in mine})
     labels = [world.labels[test].cpu() for _, test in world.clients]
     pm = personal_scores(world, [personal[k].cpu() for k in range(len(world.clients))], labels)
     if global_logits is None:
         return {"gm": None, "pm": pm, "class_accuracy": None}
     truth, guess = world.labels[world.test].cpu(), global_logits.argmax(-1).cpu()
+    accuracy = common.per_class_accuracy(guess, truth, world.num_classes).tolist()
+    return {"gm": scores(world, guess, truth), "pm": pm,
+            "class_accuracy": [None if math.isnan(a) else a for a in accuracy]}
+
+
+def scores(world, guess, truth):
+    """Percentages of one model on one test set: all, many, med, few, f1, balancedness."""
     accuracy = common.per_class_accuracy(guess, truth, world.num_classes)
-    gm = {"all": 100 * (guess == truth).double().mean().item(), **group_means(world, accuracy),
-          "f1": 100 * common.macro_f1(guess, truth, world.num_classes),
-          "balancedness": 100 * common.balancedness(accuracy, world.args.sigma)}  # UNSPECIFIED 1
-    return {"gm": gm, "pm": pm, "class_accuracy": [None if math.isnan(a) else a for a in accuracy.tolist()]}
+    return {"all": 100 * (guess == truth).double().mean().item(), **group_means(world, accuracy),
+            "f1": 100 * common.macro_f1(guess, truth, world.num_classes),
+            "balancedness": 100 * common.balancedness(accuracy, world.args.sigma)}  # UNSPECIFIED 1
 
 
 def predict_personal(world, method, state, client, global_logits):
     """Predicted classes (n,) of a client's personal model on its own test samples.
 
-    global_logits (N_test, C): of the global model on the whole test set; they are not computed again.
+    global_logits (N_test, C): the global model's on the whole test set, not computed again here.
     """
     test = world.clients[client][1]
     mine = None if global_logits is None else global_logits[test - world.test[0]]
@@ -572,13 +622,14 @@ def predict_personal(world, method, state, client, global_logits):
     if method == "local":
         return world.logits(state["private"][client], test).argmax(-1)
     if method == "fedavg-ft":  # the aggregate after one local epoch
-        tuned, _ = tune_shared(world, state["global"], client, method, f"fine-tune {state['round']}")
+        tuned, _ = tune_shared(world, state["global"], client, method,
+                               f"fine-tune {state['round']}")
         return world.logits(tuned, test).argmax(-1)
     return mine.argmax(-1)
 
 
 def group_means(world, class_accuracy):
-    """Mean accuracy in percent of the many, med and few classes; None for a group without test samples."""
+    """Mean accuracy in percent of many, med and few; None for a group without test samples."""
     means = {}
     for name, members in world.groups.items():
         a = class_accuracy[torch.as_tensor(members, dtype=torch.long)]
@@ -593,16 +644,15 @@ def personal_scores(world, guesses, labels):
     """Unweighted means over clients of accuracy and group means; F1 and balancedness likewise."""
     rows = []
     for guess, truth in zip(guesses, labels, strict=True):
-        accuracy = common.per_class_accuracy(guess, truth, world.num_classes)
-        rows.append({"all": 100 * (guess == truth).double().mean().item(), **group_means(world, accuracy),
-                     "f1": 100 * common.macro_f1(guess, truth, world.num_classes),
-                     "balancedness": 100 * common.balancedness(accuracy, world.args.sigma)})
+        rows.append(scores(world, guess, truth))
     # UNSPECIFIED 2: a client without test samples of a group does not enter that group's mean
-    return {key: mean([r[key] for r in rows if r[key] is not None]) for key in rows[0]}
+    return {key: mean([row[key] for row in rows]) for key in rows[0]}
 
 
 def mean(values):
-    return sum(values) / len(values) if values else None
+    """The mean of those values that are not None; None if all are."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def summarise(history):
@@ -613,11 +663,11 @@ def summarise(history):
         if rows:
             tail = rows[-10:]
             out[part] = {"best": max(rows, key=lambda r: r["all"]), "last": rows[-1],
-                         "mean10": {k: mean([r[k] for r in tail if r[k] is not None]) for k in rows[0]}}
+                         "mean10": {k: mean([r[k] for r in tail]) for k in rows[0]}}
         else:
             out[part] = None
     tail = [h["class_accuracy"] for h in history if h["class_accuracy"]][-10:]
-    out["class_accuracy"] = [mean([r[c] for r in tail if r[c] is not None]) for c in range(len(tail[0]))] if tail else None
+    out["class_accuracy"] = [mean(column) for column in zip(*tail, strict=True)] or None
     return out
 
 
@@ -632,74 +682,96 @@ def build_parser():
     common.add_run_arguments(parser)
     number = common.number
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", default="shapes-lt", help=f"shapes-lt (the small world, default), {real}, or "
-                   "folder:PATH with train/<class>/* and test/<class>/*")
+    g.add_argument(
+        "--dataset", default="shapes-lt", help=f"shapes-lt (the small world, default), {real}, or "
+        "folder:PATH with train/<class>/* and test/<class>/*")
     g.add_argument("--imbalance", type=number(float, low=1), default=100.0,
                    help="most over least frequent class (paper: 10, 50, 100; default %(default)g)")
     g.add_argument("--n-max", type=number(int, low=1), default=None,
                    help="training images of the most frequent class (default: all it has)")
-    g.add_argument("--class-order", choices=["dataset", "random"], default=None,
-                   help="which class is frequent: the data set's order (paper; default) or drawn from the "
-                        "seed (default for folders)")
-    g.add_argument("--groups", default=None, help="HIGH,LOW: many > HIGH >= med > LOW >= few training images, or "
-                   "'thirds' of the classes (default 100,20; thirds under 30 classes; 40,8 in the small world)")
+    g.add_argument(
+        "--class-order", choices=["dataset", "random"], default=None,
+        help="which class is frequent: the data set's order (paper; default) or drawn from the "
+        "seed (default for folders)")
+    g.add_argument(
+        "--groups", default=None,
+        help="HIGH,LOW: many > HIGH >= med > LOW >= few training images, or "
+        "'thirds' of the classes (default 100,20; thirds under 30 classes; 40,8 in the small world)"
+    )
     g.add_argument("--clients", type=number(int, low=2), default=20, help="K (paper %(default)s)")
-    g.add_argument("--beta", type=number(float, above=0), default=None,
-                   help="Dirichlet concentration over clients, smaller = more skewed (paper 0.1-5, default 1; "
-                        "small world 0.1)")
+    g.add_argument(
+        "--beta", type=number(float, above=0), default=None,
+        help="Dirichlet concentration over clients, smaller = more skewed (paper 0.1-5, default 1; "
+        "small world 0.1)")
     g.add_argument("--augment", action="store_true",
                    help="random resized crop and flip (then each step needs an image pass)")
-    g.add_argument("--pretrain-share", type=number(float, above=0, high=.95), default=.5,
-                   help="with --model tiny: share of the folder's training images that pre-trains the model and "
-                        "is never federated (default %(default)s)")
-    g.add_argument("--workers", type=number(int, low=0), default=0, help="processes that read images")
+    g.add_argument(
+        "--pretrain-share", type=number(float, above=0, high=.95), default=.5,
+        help="with --model tiny: share of the folder's training images that pre-trains the model "
+        "and is never federated (default %(default)s)")
+    g.add_argument("--workers", type=number(int, low=0), default=0,
+                   help="processes that read images")
     g = parser.add_argument_group("model")
-    g.add_argument("--model", default=None, help="open_clip NAME:PRETRAINED, NAME:random, or tiny (default "
-                   "ViT-B-16-quickgelu:openai, the paper's; tiny in the small world)")
+    g.add_argument(
+        "--model", default=None, help="open_clip NAME:PRETRAINED, NAME:random, or tiny (default "
+        "ViT-B-16-quickgelu:openai, the paper's; tiny in the small world)")
     g.add_argument("--weights", type=Path, default=None, help="a local checkpoint of --model NAME")
     g.add_argument("--peft", choices=["prompt", "lora", "adapter"], default="prompt",
                    help="what is tuned: CoOp context, LoRA in the vision tower, a feature adapter")
-    g.add_argument("--n-ctx", type=number(int, low=1), default=4, help="context vectors (paper %(default)s)")
-    g.add_argument("--rank", type=number(int, low=1), default=8, help="LoRA rank (official code %(default)s)")
+    g.add_argument("--n-ctx", type=number(int, low=1), default=4,
+                   help="context vectors (paper %(default)s)")
+    g.add_argument("--rank", type=number(int, low=1), default=8,
+                   help="LoRA rank (official code %(default)s)")
     g.add_argument("--lora-alpha", type=number(float, above=0), default=16.0,
                    help="LoRA scale α/√r (official code %(default)s)")
     g.add_argument("--lora-dropout", type=number(float, low=0, high=.99), default=.25,
                    help="dropout on the LoRA branch (official code %(default)s)")
     g = parser.add_argument_group("method")
-    g.add_argument("--method", default=None, help=f"comma-separated list of {', '.join(METHODS)}, or all "
-                   "(default fedpurel; zeroshot,fedavg,fedpurel in the small world)")
-    g.add_argument("--recipe", choices=["paper", "official"], default="paper",
-                   help="official follows the authors' code where it leaves the paper (DEVIATION 1-4)")
+    g.add_argument(
+        "--method", default=None, help=f"comma-separated list of {', '.join(METHODS)}, or all "
+        "(default fedpurel; zeroshot,fedavg,fedpurel in the small world)")
+    g.add_argument(
+        "--recipe", choices=["paper", "official"], default="paper",
+        help="official follows the authors' code where it leaves the paper (DEVIATION 1-4)")
     g.add_argument("--align", choices=["tkl", "kl", "none"], default="tkl",
                    help="alignment loss of the purification; none = no purification")
     g.add_argument("--strength", type=number(float, low=0, high=1), default=1.0,
                    help="λ_p of E4 (paper %(default)s)")
-    g.add_argument("--no-residual", action="store_true", help="personal model without the global logits")
+    g.add_argument("--no-residual", action="store_true",
+                   help="personal model without the global logits")
     g.add_argument("--lam", type=number(float, low=0, high=1), default=None,
                    help="λ of E7 (paper 0.9, official code 0.99)")
-    g.add_argument("--rounds", type=number(int, low=1), default=None, help="paper 100; small world 25")
+    g.add_argument("--rounds", type=number(int, low=1), default=None,
+                   help="paper 100; small world 25")
     g.add_argument("--frac", type=number(float, above=0, high=1), default=.4,
                    help="share of clients in a round (paper %(default)s)")
-    g.add_argument("--local-epochs", type=number(int, low=1), default=1, help="per round and stage (paper 1)")
+    g.add_argument("--local-epochs", type=number(int, low=1), default=1,
+                   help="per round and stage (paper 1)")
     g.add_argument("--batch", type=number(int, low=1), default=32, help="paper %(default)s")
-    g.add_argument("--lr", type=number(float, above=0), default=None, help="stage 1 (paper 1e-3; small world 0.1)")
+    g.add_argument("--lr", type=number(float, above=0), default=None,
+                   help="stage 1 (paper 1e-3; small world 0.1)")
     g.add_argument("--private-lr", type=number(float, above=0), default=None,
                    help="stage 2 (paper 1e-3; small world 0.1)")
-    g.add_argument("--momentum", type=number(float, low=0, high=.999), default=.9, help="stage 1 (paper %(default)s)")
-    g.add_argument("--weight-decay", type=number(float, low=0), default=5e-4, help="stage 1 (paper %(default)s)")
+    g.add_argument("--momentum", type=number(float, low=0, high=.999), default=.9,
+                   help="stage 1 (paper %(default)s)")
+    g.add_argument("--weight-decay", type=number(float, low=0), default=5e-4,
+                   help="stage 1 (paper %(default)s)")
     g.add_argument("--prox-mu", type=number(float, low=0), default=.01, help="FedProx μ")
     g.add_argument("--logit-tau", type=number(float, low=0), default=1.0, help="logit adjustment τ")
-    g.add_argument("--eval-every", type=number(int, low=1), default=1, help="rounds between evaluations")
-    g.add_argument("--sigma", type=number(float, above=0), default=.1, help="σ of the balancedness (of 1)")
+    g.add_argument("--eval-every", type=number(int, low=1), default=1,
+                   help="rounds between evaluations")
+    g.add_argument("--sigma", type=number(float, above=0), default=.1,
+                   help="σ of the balancedness (of 1)")
     return parser
 
 
 def resolve(args):
-    """Fill in the defaults that depend on the data set and model; refuse what does not go together."""
+    """Fill in defaults that depend on data set and model; refuse what does not go together."""
     if args.model is None and args.dataset == "shapes-lt":
         args.model = "tiny"
-    preset = PRESETS["shapes-lt" if args.dataset == "shapes-lt" else "tiny" if args.model == "tiny" else "paper"]
-    for key, value in preset.items():
+    preset = "tiny" if args.model == "tiny" else "paper"
+    preset = "shapes-lt" if args.dataset == "shapes-lt" else preset
+    for key, value in PRESETS[preset].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.lam is None:
@@ -707,35 +779,42 @@ def resolve(args):
     names = METHODS if args.method == "all" else args.method.split(",")
     for name in names:
         if name not in METHODS:
-            raise common.UserError(f"--method {name!r} is unknown; there are {', '.join(METHODS)} and all")
+            raise common.UserError(
+                f"--method {name!r} is unknown; there are {', '.join(METHODS)} and all")
     args.method = ",".join(dict.fromkeys(names))
     folder = args.dataset.startswith("folder:")
-    if not folder and (not args.dataset.endswith("-lt") or args.dataset[:-3] not in data.IMAGE_SETS):
+    if not folder and (not args.dataset.endswith("-lt")
+                       or args.dataset[:-3] not in data.IMAGE_SETS):
         known = ", ".join(f"{n}-lt" for n in data.IMAGE_SETS)
-        raise common.UserError(f"--dataset {args.dataset!r} is unknown; there are {known} and folder:PATH")
+        raise common.UserError(
+            f"--dataset {args.dataset!r} is unknown; there are {known} and folder:PATH")
     if args.model == "tiny" and not folder and args.dataset != "shapes-lt":
-        raise common.UserError("--model tiny is pre-trained on the spot and needs --dataset shapes-lt or folder:PATH")
+        raise common.UserError(
+            "--model tiny is pre-trained on the spot and needs --dataset shapes-lt or folder:PATH")
     if args.model == "tiny" and args.weights:
         raise common.UserError("--weights goes with an open_clip --model NAME, not with tiny")
     if args.class_order is None:
         args.class_order = "random" if folder else "dataset"
     if args.groups not in (None, "thirds"):
         bounds = args.groups.split(",")
-        if len(bounds) != 2 or not all(b.strip().isdigit() for b in bounds) or int(bounds[0]) <= int(bounds[1]):
-            raise common.UserError(f"--groups {args.groups!r}: expected HIGH,LOW with HIGH > LOW, or thirds")
+        numbers = [int(b) for b in bounds if b.strip().isdigit()]
+        if len(bounds) != 2 or len(numbers) != 2 or numbers[0] <= numbers[1]:
+            raise common.UserError(
+                f"--groups {args.groups!r}: expected HIGH,LOW with HIGH > LOW, or thirds")
     return args
 
 
 def load_backbone(args, images, pretraining, run):
-    """The CLIP of --model: open_clip's, a checkpoint's, or the tiny one pre-trained on `pretraining`."""
+    """The CLIP of --model: open_clip's, a checkpoint's, or a tiny one pre-trained here."""
     with run.rank_zero_first():
         if args.model != "tiny":
             backbone = data.open_clip_backbone(args.model, args.weights, args.seed, run.device,
                                                args.data_dir / "weights")
         else:
             config = data.TinyConfig() if args.dataset == "shapes-lt" else data.PHOTO_TINY
-            backbone = data.tiny_backbone(*pretraining, images.class_names, images.template, config, args.seed,
-                                          run.device, args.data_dir / "cache", run.progress)
+            backbone = data.tiny_backbone(*pretraining, images.class_names, images.template, config,
+                                          args.seed, run.device, args.data_dir / "cache",
+                                          run.progress)
     if args.recipe == "official" and args.dataset in ("cifar100-lt", "cifar10-lt"):  # DEVIATION 3
         cifar_mean, cifar_std = (.5071, .4867, .4408), (.2675, .2565, .2761)
         bilinear = data.transforms.InterpolationMode.BILINEAR
@@ -747,13 +826,17 @@ def check_architecture(clip, peft):
     """Refuse a tower that the chosen part does not fit, in words."""
     if peft == "prompt":
         blocks = getattr(getattr(clip, "transformer", None), "resblocks", [])
-        causal = getattr(clip, "attn_mask", None) is not None and getattr(clip, "text_pool_type", "") == "argmax"
-        if not (causal and len(blocks) and all(type(b.attn) is nn.MultiheadAttention for b in blocks)):
-            raise common.UserError("--peft prompt needs CLIP's causal text transformer; try --peft adapter")
+        causal = getattr(clip, "attn_mask", None) is not None
+        causal = causal and getattr(clip, "text_pool_type", "") == "argmax"
+        plain = all(type(b.attn) is nn.MultiheadAttention for b in blocks)
+        if not (causal and len(blocks) and plain):
+            raise common.UserError(
+                "--peft prompt needs CLIP's causal text transformer; try --peft adapter")
     if peft == "lora":
         blocks = getattr(getattr(clip.visual, "transformer", None), "resblocks", [])
         if not len(blocks) or not all(type(b.attn) is nn.MultiheadAttention for b in blocks):
-            raise common.UserError("--peft lora needs a ViT vision tower of open_clip; try --peft adapter")
+            raise common.UserError(
+                "--peft lora needs a ViT vision tower of open_clip; try --peft adapter")
 
 
 @torch.no_grad()
@@ -778,21 +861,25 @@ def build_federation(args, run):
     chosen = np.arange(len(images.train_labels))
     if not images.long_tailed:
         size = np.bincount(images.train_labels, minlength=classes)
-        counts = np.array(data.long_tail_counts(args.n_max or int(size.max()), classes, args.imbalance))
+        counts = np.array(
+            data.long_tail_counts(args.n_max or int(size.max()), classes, args.imbalance))
         if args.class_order == "random":
             counts = counts[common.numpy_generator(args.seed, "class-order").permutation(classes)]
-        chosen = data.long_tail_indices(images.train_labels, counts, common.numpy_generator(args.seed, "long-tail"))
+        chosen = data.long_tail_indices(images.train_labels, counts,
+                                        common.numpy_generator(args.seed, "long-tail"))
     train_labels = images.train_labels[chosen]
     labels = np.concatenate([train_labels, images.test_labels])
     rng = common.numpy_generator(args.seed, "partition")
     first_test = len(train_labels)
-    if images.coarse is not None:  # CIFAR-100: one draw over training and test images, then split by origin
+    if images.coarse is not None:  # CIFAR-100: one draw over all images, then split by origin
         parts = data.pachinko_partition(images.coarse[labels], labels, args.clients, args.beta, rng)
         clients = [(p[p < first_test], p[p >= first_test]) for p in parts]
         if not all(len(a) and len(b) for a, b in clients):
-            raise common.UserError("a client got no training or no test sample; use fewer --clients or a larger --beta")
+            raise common.UserError("a client got no training or no test sample; use fewer "
+                                   "--clients or a larger --beta")
     else:
-        train, test = data.dirichlet_partition(train_labels, images.test_labels, args.clients, args.beta, rng)
+        train, test = data.dirichlet_partition(train_labels, images.test_labels, args.clients,
+                                               args.beta, rng)
         clients = [(a, b + first_test) for a, b in zip(train, test, strict=True)]
     rule = args.groups or ("thirds" if classes < 30 else "100,20")
     groups = data.frequency_groups(np.bincount(train_labels, minlength=classes),
@@ -801,8 +888,8 @@ def build_federation(args, run):
     backbone = load_backbone(args, images, pretraining, run)
     clip, tokenizer = backbone.clip.requires_grad_(False), backbone.tokenizer
     check_architecture(clip, args.peft)
-    pool = data.ImagePool(data.Images.concat(images.train.subset(chosen), images.test), backbone.transform,
-                          backbone.random_transform, args.workers, run.device)
+    pool = data.ImagePool(data.Images.concat(images.train.subset(chosen), images.test),
+                          backbone.transform, backbone.random_transform, args.workers, run.device)
     if args.model == "tiny" or args.peft == "lora":
         pool.preload()
     with run.rank_zero_first():
@@ -810,15 +897,20 @@ def build_federation(args, run):
     tokens = {t: tokenizer([t.format(n) for n in images.class_names]).to(run.device)
               for t in {images.template, data.PHOTO}}
     text = text_features(clip, tokens[images.template])
+    # The authors' LoRA keeps "a photo of a {}." for every data set; the teacher has the set's own.
+    plain_text = args.peft == "lora" and args.model != "tiny"
+    fixed_text = text_features(clip, tokens[data.PHOTO]) if plain_text else text
     context = " ".join(["X"] * args.n_ctx)
+    prompts = None
+    if args.peft == "prompt":
+        prompts = tokenizer([f"{context} {n}." for n in images.class_names]).to(run.device)
     student = TunedCLIP(
-        clip, args.peft, text_features(clip, tokens[data.PHOTO]) if args.peft == "lora" and args.model != "tiny" else text,
-        tokenizer([f"{context} {n}." for n in images.class_names]).to(run.device) if args.peft == "prompt" else None,
-        args.n_ctx, args.rank, args.lora_alpha, args.lora_dropout).to(run.device)
+        clip, args.peft, fixed_text, prompts, args.n_ctx, args.rank, args.lora_alpha,
+        args.lora_dropout).to(run.device)
     index = [tuple(torch.as_tensor(part, device=run.device) for part in pair) for pair in clients]
     test = torch.arange(first_test, len(labels), device=run.device)
-    return Federation(clip, student, pool, features, text, torch.as_tensor(labels, device=run.device), index, test,
-                      groups, args)
+    return Federation(clip, student, pool, features, text,
+                      torch.as_tensor(labels, device=run.device), index, test, groups, args)
 
 
 def fresh_state(world, method):
@@ -827,39 +919,44 @@ def fresh_state(world, method):
     common.seed_torch(seed, "init", "global")
     start = world.student.draw()
     common.seed_torch(seed, "init", "private")
-    return {"method": method, "round": 0, "global": start, "base": world.student.draw(), "private": {},
-            "momentum": None, "history": []}
+    return {"method": method, "round": 0, "global": start, "base": world.student.draw(),
+            "private": {}, "momentum": None, "history": []}
 
 
 def draw_figure(world, results, path):
-    """Left: accuracy of each class, most frequent first. Right: Many / Med / Few, global and personal."""
+    """Left: each class's accuracy, most frequent first. Right: All, Many, Med, Few of GM and PM."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     shown = [m for m in ("zeroshot", "fedavg", "fedpurel") if m in results] or list(results)[:3]
-    colours = dict(zip(METHODS, ["#777777", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2"], strict=True))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.5, 1), layout="constrained")
+    okabe_ito = ["#777777", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2"]
+    colours = dict(zip(METHODS, okabe_ito, strict=True))  # colour-blind safe
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.5, 1),
+                                         layout="constrained")
     order = torch.argsort(world.class_counts.cpu(), descending=True, stable=True)
     window = max(len(order) // 10, 1)
     for m in shown:
         if results[m]["class_accuracy"]:
-            a = 100 * np.array([np.nan if v is None else v for v in results[m]["class_accuracy"]])[order]
+            a = 100 * np.array(results[m]["class_accuracy"], dtype=float)[order]  # None -> NaN
             pad = np.pad(a, (window // 2, (window - 1) // 2), mode="edge")
             left.plot(a, color=colours[m], lw=.6, alpha=.25)
-            left.plot(np.convolve(pad, np.ones(window) / window, "valid"), color=colours[m], lw=2, label=LABELS[m])
-    left.set(xlabel="classes, most frequent first", ylabel="accuracy (%)", ylim=(0, 100), title=(
-        f"Global model, accuracy of each class (mean over {window})" if window > 1 else "Global model, accuracy of each class"))
+            smooth = np.convolve(pad, np.ones(window) / window, "valid")
+            left.plot(smooth, color=colours[m], lw=2, label=LABELS[m])
+    left.set(xlabel="classes, most frequent first", ylabel="accuracy (%)", ylim=(0, 100),
+             title="Global model, each class" + (f" (mean over {window})" if window > 1 else ""))
     left.legend(frameon=False, loc="lower left")
     bars = left.twinx()
-    bars.fill_between(range(len(order)), world.class_counts.cpu()[order], step="mid", color="#000000", alpha=.08)
+    counts = world.class_counts.cpu()[order]
+    bars.fill_between(range(len(order)), counts, step="mid", color="#000000", alpha=.08)
     bars.set_ylabel("training images (shaded)")
     names = [(part, key) for part in ("gm", "pm") for key in ("all", "many", "med", "few")]
+    middle = np.array([0, 1, 2, 3, 4.6, 5.6, 6.6, 7.6])
     for i, m in enumerate(shown):
         height = [(results[m][part] or {}).get("mean10", {}).get(key) for part, key in names]
-        place = np.arange(len(names)) + (np.arange(len(names)) >= 4) * .6 + (i - (len(shown) - 1) / 2) * .27
+        place = middle + (i - (len(shown) - 1) / 2) * .27
         right.bar(place, [h or 0 for h in height], .25, color=colours[m], label=LABELS[m])
-    right.set_xticks(np.arange(8) + (np.arange(8) >= 4) * .6, ["All", "Many", "Med", "Few"] * 2)
-    right.set(ylabel="accuracy (%)", title="Global model | personal models (mean of last 10)")
+    right.set_xticks(middle, ["All", "Many", "Med", "Few"] * 2)
+    right.set(ylabel="accuracy (%)", title="Global model  |  personal models")
     top = max(1, *(b.get_height() for b in right.patches))
     right.set_ylim(0, top * 1.08)
     right.axvline(3.8, color="#000000", lw=.6)
@@ -871,12 +968,13 @@ def draw_figure(world, results, path):
 def main(argv=None):
     args = resolve(build_parser().parse_args(argv))
     methods = args.method.split(",")
-    title = "fedpurel-" + (Path(args.dataset[7:]).name if args.dataset.startswith("folder:") else args.dataset)
+    title = "fedpurel-" + Path(args.dataset.removeprefix("folder:")).name
     with common.Run(args, title, resume_may_change=["rounds"]) as run:
         if run.world > 1 and args.recipe == "official":
-            raise common.UserError("--recipe official carries momentum from client to client: run it in one process")
-        run.begin()
+            raise common.UserError(
+                "--recipe official carries momentum from client to client: run it in one process")
         state = run.load() or {"done": {}, "current": None}
+        run.begin()
         world = build_federation(args, run)
         for method in methods:
             if method in state["done"]:
@@ -888,8 +986,8 @@ def main(argv=None):
                 for key in ("global", "base"):
                     current[key] = {n: t.to(run.device) for n, t in current[key].items()}
                 current["private"] = to_device(current["private"], world)
-                history = train_method(world, run, method, current,
-                                       lambda now: run.save({**state, "current": now}, f"{now['method']}, round {now['round']}"))
+                history = train_method(world, run, method, current, lambda now: run.save(
+                    {**state, "current": now}, f"{now['method']}, round {now['round']}"))
             state["done"][method] = summarise(history)
             state["current"] = None
             run.save(state, method)
@@ -898,24 +996,29 @@ def main(argv=None):
 
 def report(world, run, results):
     """Tables, figure, result.json and the RESULT line."""
+    def score(method, part, when, key):
+        return (results[method][part] or {}).get(when, {}).get(key)
+
     keys = ["all", "many", "med", "few", "f1", "balancedness"]
-    head = ["", *(f"GM {k[:8].capitalize()}" for k in keys[:5]), "Bal.", *(f"PM {k[:8].capitalize()}" for k in keys[:5])]
-    run.table(head, [[LABELS[m], *((r["gm"] or {}).get("mean10", {}).get(k) for k in keys),
-                      *(r["pm"]["mean10"].get(k) for k in keys[:5])] for m, r in results.items()])
+    names = ["All", "Many", "Med", "Few", "F1", "Bal."]
+    run.table(["percent", *(f"GM {n}" for n in names), *(f"PM {n}" for n in names[:5])],
+              [[LABELS[m], *(score(m, "gm", "mean10", k) for k in keys),
+                *(score(m, "pm", "mean10", k) for k in keys[:5])] for m in results])
+    whens = ["best", "last", "mean10"]
+    run.table(["\nAll", *(f"{p} {w}" for p in ("GM", "PM") for w in whens)],
+              [[LABELS[m], *(score(m, p, w, "all") for p in ("gm", "pm") for w in whens)]
+               for m in results])
     if run.rank == 0:
-        print("(percent; GM: global model on the balanced test set, PM: personal models on their own tests;"
-              " mean of the last 10 evaluations)\n")
-    run.table(["All: best / last / mean of last 10", "GM best", "last", "mean10", "PM best", "last", "mean10"],
-              [[LABELS[m], *((r[p] or {}).get(s, {}).get("all") for p in ("gm", "pm") for s in ("best", "last", "mean10"))]
-               for m, r in results.items()])
-    if run.rank == 0:
+        print("GM: global model, balanced test set. PM: personal models, each on its client's own "
+              "test samples.\nThe first table and mean10 are means of the last 10 evaluations.\n")
         draw_figure(world, results, run.out_dir / "figure.png")
-    main_method = "fedpurel" if "fedpurel" in results else list(results)[-1]
-    best = results[main_method]
-    run.finish({"dataset": world.args.dataset, "peft": world.args.peft, "seed": world.args.seed, "results": results},
-               script="fedpurel", dataset=world.args.dataset, method=main_method, seed=world.args.seed,
-               gm_all=(best["gm"] or {}).get("mean10", {}).get("all"), gm_few=(best["gm"] or {}).get("mean10", {}).get("few"),
-               pm_all=best["pm"]["mean10"]["all"], out=run.out_dir)
+    shown = "fedpurel" if "fedpurel" in results else list(results)[-1]
+    args = world.args
+    run.finish({"dataset": args.dataset, "peft": args.peft, "seed": args.seed, "results": results},
+               script="fedpurel", dataset=args.dataset, method=shown, seed=args.seed,
+               gm_all=score(shown, "gm", "mean10", "all"),
+               gm_few=score(shown, "gm", "mean10", "few"),
+               pm_all=score(shown, "pm", "mean10", "all"), out=run.out_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1228 @@
+"""data.py: long tails, client partitions, image sets in their real file formats, CLIP loading."""
+import hashlib
+import json
+import pickle
+import socket
+import struct
+import tarfile
+import zlib
+from dataclasses import replace
+
+import huggingface_hub.constants
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from scipy.io import savemat
+from torchvision import transforms
+
+import data
+from common import UserError
+
+CPU = torch.device("cpu")
+CIFAR100_NAMES = sorted(" ".join(data.CIFAR100_COARSE).split())
+# The coarse label of fine labels 0..99 as CIFAR-100's own files pair them.
+CIFAR100_PARENT = [
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7,
+    6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10,
+    16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16,
+    12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Nothing here may reach a network; code that tries sees a machine without one."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise OSError("no network")
+        return connect(self, address)
+
+    def unknown_host(*_, **__):
+        raise socket.gaierror("no network")
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def picture(path, shade=0, mode="RGB"):
+    """A 10 x 8 picture of one shade of grey."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (10, 8), (shade,) * len(mode) if len(mode) > 1 else shade).save(path)
+
+
+def text(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def tree(root, **classes):
+    """root/<class>/<i>.png, as many as asked for."""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture(root / name / f"{i}.png", i)
+
+
+def toy(seed=0, per_class=6, size=8):
+    """A small in-memory image set of random pixels: (Images, labels)."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (2 * per_class, size, size, 3), dtype=np.uint8)
+    return data.Images(pixels), np.repeat([0, 1], per_class)
+
+
+# -- long tails ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("imbalance, total, groups", [
+    (100, 10847, (35, 34, 31)), (50, 12608, (41, 40, 19)), (10, 19573, (69, 31, 0))])
+def test_cifar100_long_tail_has_the_published_sizes(imbalance, total, groups):
+    counts = data.long_tail_counts(500, 100, imbalance)
+    assert sum(counts) == total
+    assert counts[0] == 500 and counts[-1] == 500 // imbalance
+    assert counts == sorted(counts, reverse=True)
+    split = data.frequency_groups(counts, (100, 20))
+    assert tuple(len(split[k]) for k in ("many", "med", "few")) == groups
+
+
+@pytest.mark.parametrize("imbalance, total", [(100, 12406), (50, 13996), (10, 20431)])
+def test_cifar10_long_tail_has_the_published_sizes(imbalance, total):
+    assert sum(data.long_tail_counts(5000, 10, imbalance)) == total
+
+
+def test_long_tail_counts_without_imbalance_or_with_one_class():
+    assert data.long_tail_counts(7, 3, 1) == [7, 7, 7]
+    assert data.long_tail_counts(7, 1, 100) == [7]
+
+
+def test_rarest_class_is_exactly_the_imbalance_below_the_most_frequent():
+    wrong = [(n, i) for i in range(1, 101) for n in (i, 3 * i, 6 * i)
+             if data.long_tail_counts(n, 2, i)[-1] != n // i]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("bad", [
+    (0, 10, 10), (-5, 10, 10), (500, 0, 10), (500, 10, .5), (500, 10, 0)])
+def test_long_tail_counts_refuses_bad_arguments(bad):
+    with pytest.raises(ValueError, match="long_tail_counts needs"):
+        data.long_tail_counts(*bad)
+
+
+def test_long_tail_indices_draws_the_counts_without_repeats():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 40))
+    counts = [40, 20, 9, 3, 0]
+    chosen = data.long_tail_indices(labels, counts, np.random.default_rng(1))
+    assert chosen.dtype == np.int64 and len(np.unique(chosen)) == len(chosen)
+    assert (np.diff(chosen) > 0).all()
+    assert np.bincount(labels[chosen], minlength=5).tolist() == counts
+
+
+def test_long_tail_indices_takes_all_there_is_when_asked_for_more():
+    chosen = data.long_tail_indices([0, 0, 1], [5, 5], np.random.default_rng(0))
+    assert chosen.tolist() == [0, 1, 2]
+
+
+def test_long_tail_indices_depends_on_the_seed_alone():
+    labels = np.repeat(np.arange(5), 40)
+    a, b, c = (data.long_tail_indices(labels, [20] * 5, np.random.default_rng(s))
+               for s in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("rule", [(100, 20), "thirds"])
+@pytest.mark.parametrize("counts", [[500, 101, 100, 21, 20, 0], [5, 5, 5, 5], [1, 300, 50], [7]])
+def test_every_class_is_in_exactly_one_group(rule, counts):
+    groups = data.frequency_groups(counts, rule)
+    assert list(groups) == ["many", "med", "few"]
+    assert sorted(np.concatenate(list(groups.values())).tolist()) == list(range(len(counts)))
+
+
+def test_group_thresholds_and_thirds():
+    by_bound = data.frequency_groups([20, 500, 101, 100, 21, 0], (100, 20))
+    assert [by_bound[k].tolist() for k in ("many", "med", "few")] == [[1, 2], [3, 4], [0, 5]]
+    thirds = data.frequency_groups([3, 900, 50, 1, 700, 40], "thirds")
+    assert [thirds[k].tolist() for k in ("many", "med", "few")] == [[1, 4], [2, 5], [0, 3]]
+
+
+# -- clients -------------------------------------------------------------------------------------
+
+
+def test_cifar100_coarse_table_is_cifars_own():
+    parent = {f: i for i, names in enumerate(data.CIFAR100_COARSE) for f in names.split()}
+    assert [parent[name] for name in CIFAR100_NAMES] == CIFAR100_PARENT
+
+
+def test_pachinko_on_cifar100_lt_has_the_paper_statistics():
+    counts = data.long_tail_counts(500, 100, 100)
+    fine = np.concatenate([np.repeat(np.arange(100), counts), np.repeat(np.arange(100), 100)])
+    coarse = np.array(CIFAR100_PARENT)[fine]
+    spreads = []
+    for seed in range(3):
+        clients = data.pachinko_partition(coarse, fine, 20, 1.0, np.random.default_rng(seed))
+        assert [len(c) for c in clients] == [1042] * 20
+        together = np.concatenate(clients)
+        assert len(np.unique(together)) == len(together)
+        assert together.min() >= 0 and together.max() < len(fine)
+        train = [c[c < 10847] for c in clients]
+        sizes = np.array([len(t) for t in train])
+        assert abs(sizes.mean() - 542.2) < 1  # all but 7 of the 20,847 samples are handed out
+        classes = [len(np.unique(fine[t])) for t in train]
+        assert min(classes) >= 3 and max(classes) <= 95 and 25 <= np.mean(classes) <= 65
+        spreads.append(sizes.std())
+    assert abs(np.mean(spreads) - 149) < 60
+
+
+def small_labels():
+    fine = np.repeat(np.arange(12), 30)
+    return fine // 3, fine
+
+
+def test_pachinko_depends_on_the_generator_alone():
+    a, b, c = (data.pachinko_partition(*small_labels(), 6, 1.0, np.random.default_rng(s))
+               for s in (0, 0, 1))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not all(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+def test_pachinko_uses_every_sample_when_clients_divide_the_pool():
+    clients = data.pachinko_partition(*small_labels(), 6, .05, np.random.default_rng(0))
+    assert sorted(np.concatenate(clients).tolist()) == list(range(360))
+
+
+def test_pachinko_is_more_skewed_with_a_small_beta():
+    coarse, fine = small_labels()
+
+    def top_share(beta):
+        clients = data.pachinko_partition(coarse, fine, 6, beta, np.random.default_rng(0))
+        return np.mean([np.bincount(coarse[c]).max() / len(c) for c in clients[:3]])
+    assert top_share(.05) > top_share(100) + .2
+
+
+def test_dirichlet_partition_hands_out_every_sample_once():
+    rng = np.random.default_rng(0)
+    train_labels, test_labels = rng.integers(0, 10, 900), rng.integers(0, 10, 300)
+    train, test = data.dirichlet_partition(train_labels, test_labels, 8, .5, rng)
+    for parts, total in ((train, 900), (test, 300)):
+        assert len(parts) == 8 and all(len(p) for p in parts)
+        assert all(p.dtype == np.int64 for p in parts)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(total))
+    largest = np.bincount(train_labels).max()
+    assert max(map(len, train)) <= 900 / 8 + largest  # full clients get nothing of further classes
+    for c in range(10):  # test classes are cut where the training classes are
+        n, m = (train_labels == c).sum(), (test_labels == c).sum()
+        for a, b in zip(train, test, strict=True):
+            gap = (train_labels[a] == c).sum() / n - (test_labels[b] == c).sum() / m
+            assert abs(gap) <= 1 / n + 1 / m
+
+
+def test_dirichlet_partition_keeps_test_samples_of_a_class_without_training_samples():
+    train_labels = np.repeat([0, 1], 20)  # the rarest class of a long tail may have none
+    for missing in (2, 0):
+        labels = train_labels + (missing == 0)
+        test_labels = np.repeat([0, 1, 2], 10)
+        _, test = data.dirichlet_partition(labels, test_labels, 3, 1.0, np.random.default_rng(0))
+        assert sorted(np.concatenate(test).tolist()) == list(range(30))
+
+
+def test_dirichlet_partition_depends_on_the_generator_alone():
+    labels = np.repeat(np.arange(5), 40)
+    a, b, c = (data.dirichlet_partition(labels, labels, 4, 1.0, np.random.default_rng(s))[0]
+               for s in (0, 0, 1))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not all(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+def test_dirichlet_partition_is_more_skewed_with_a_small_beta():
+    labels = np.repeat(np.arange(10), 100)
+
+    def classes_held(beta):
+        train, _ = data.dirichlet_partition(labels, labels, 5, beta, np.random.default_rng(0))
+        return np.mean([len(np.unique(labels[t])) for t in train])
+    assert classes_held(.1) + 2 < classes_held(10)
+
+
+def test_dirichlet_partition_that_cannot_be_says_so():
+    with pytest.raises(UserError, match=r"all 5 clients .*fewer --clients or a larger --beta"):
+        data.dirichlet_partition([0, 1, 1], [0, 1], 5, 1.0, np.random.default_rng(0), tries=5)
+
+
+# -- image sets in their real formats ------------------------------------------------------------
+# Each writer makes a tiny copy of a data set as it lies on disk and returns what must be read from
+# it: class names, training labels, test labels. Image i of a part has the grey shade 10 · i.
+
+
+def with_checksums(monkeypatch, kind, folder, parts):
+    """Let torchvision's own integrity check run, with the md5 sums of the files written here."""
+    def md5(name):
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+    for split in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, split, [[name, md5(name)] for name in parts[split]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(kind.meta["filename"])})
+
+
+def write_cifar_batch(path, count, **labels):
+    """(N, 3072) uint8, red plane first; green is one more than red, blue two more."""
+    pixels = 10 * np.arange(count)[:, None] + np.repeat([0, 1, 2], 1024)[None]
+    content = {"data": pixels.astype(np.uint8), **labels}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_cifar100(root, monkeypatch):
+    folder, train, test = root / "cifar-100-python", [0, 99, 7], [1, 2]
+    for name, labels in (("train", train), ("test", test)):
+        write_cifar_batch(folder / name, len(labels), fine_labels=labels,
+                          coarse_labels=[CIFAR100_PARENT[f] for f in labels])
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": CIFAR100_NAMES}, protocol=2))
+    with_checksums(monkeypatch, torchvision.datasets.CIFAR100, folder,
+                   {"train_list": ["train"], "test_list": ["test"]})
+    return [n.replace("_", " ") for n in CIFAR100_NAMES], train, test
+
+
+def write_cifar10(root, monkeypatch):
+    folder = root / "cifar-10-batches-py"
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+             "truck"]
+    batches = [f"data_batch_{i}" for i in range(1, 6)]
+    write_cifar_batch(folder / batches[0], 3, labels=[3, 1, 4])
+    for i, batch in enumerate(batches[1:]):
+        write_cifar_batch(folder / batch, 1, labels=[i])
+    write_cifar_batch(folder / "test_batch", 2, labels=[9, 0])
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol=2))
+    with_checksums(monkeypatch, torchvision.datasets.CIFAR10, folder,
+                   {"train_list": batches, "test_list": ["test_batch"]})
+    return names, [3, 1, 4, 0, 1, 2, 3], [9, 0]
+
+
+def write_fashion(root, monkeypatch):
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split, labels in (("train", [9, 0, 5]), ("t10k", [1, 2])):
+        pixels = np.repeat(10 * np.arange(len(labels), dtype=np.uint8), 28 * 28).tobytes()
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, len(labels), 28, 28) + pixels)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, len(labels)) + bytes(labels))
+    names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+             "Bag", "Ankle boot"]
+    return names, [9, 0, 5], [1, 2]
+
+
+def write_food101(root, monkeypatch):
+    parts = {"train": {"apple_pie": ["apple_pie/10", "apple_pie/11"], "waffles": ["waffles/12"]},
+             "test": {"apple_pie": ["apple_pie/20"], "waffles": ["waffles/21"]}}
+    for split, classes in parts.items():
+        text(root / "food-101" / "meta" / f"{split}.json", json.dumps(classes))
+        for i, name in enumerate(n for members in classes.values() for n in members):
+            picture(root / "food-101" / "images" / f"{name}.jpg", 10 * i)
+    return ["apple pie", "waffles"], [0, 0, 1], [0, 1]
+
+
+def write_dtd(root, monkeypatch):
+    base = root / "dtd" / "dtd"
+    parts = {"train": ["banded/banded_0002.jpg", "polka-dotted/polka-dotted_0001.jpg"],
+             "val": ["polka-dotted/polka-dotted_0003.jpg", "banded/banded_0004.jpg"],
+             "test": ["banded/banded_0005.jpg", "polka-dotted/polka-dotted_0006.jpg"]}
+    for split, names in parts.items():
+        text(base / "labels" / f"{split}1.txt", *names)
+        for i, name in enumerate(names):
+            picture(base / "images" / name, 10 * (i + 2 * (split == "val")))
+    return ["banded", "polka-dotted"], [0, 1, 1, 0], [0, 1]
+
+
+def write_aircraft(root, monkeypatch):
+    base = root / "fgvc-aircraft-2013b" / "data"
+    text(base / "variants.txt", "Boeing 717", "Falcon 2000", "Tornado")
+    parts = {"trainval": ["1025794 Falcon 2000", "0056978 Boeing 717", "0000003 Tornado"],
+             "test": ["1514522 Tornado", "0747566 Falcon 2000"]}
+    for split, lines in parts.items():
+        text(base / f"images_variant_{split}.txt", *lines)
+        for i, line in enumerate(lines):
+            picture(base / "images" / f"{line[:7]}.jpg", 10 * i)
+    return ["Boeing 717", "Falcon 2000", "Tornado"], [1, 0, 2], [2, 1]
+
+
+def write_pets(root, monkeypatch):
+    base = root / "oxford-iiit-pet"
+    parts = {"trainval": ["Abyssinian_100 1 1 1", "american_bulldog_10 2 2 1",
+                          "Abyssinian_101 1 1 1"],
+             "test": ["american_bulldog_11 2 2 1", "Abyssinian_201 1 1 1"]}
+    for split, lines in parts.items():
+        text(base / "annotations" / f"{split}.txt", *lines)
+        for i, line in enumerate(lines):
+            picture(base / "images" / f"{line.split()[0]}.jpg", 10 * i)
+    return ["Abyssinian", "American Bulldog"], [0, 1, 0], [1, 0]
+
+
+DOGS = {"train": ["n02085620-Chihuahua/n02085620_5927.jpg", "n02086240-Shih-Tzu/n02086240_1.jpg",
+                  "n02085782-Japanese_spaniel/n02085782_2.jpg"],
+        "test": ["n02086240-Shih-Tzu/n02086240_9.jpg", "n02085620-Chihuahua/n02085620_8.jpg"]}
+
+
+def write_dog_lists(root):
+    """train_list.mat and test_list.mat: an (N, 1) cell array of names, (N, 1) labels from 1 on."""
+    root.mkdir(parents=True, exist_ok=True)
+    number = {"Chihuahua": 1, "Japanese_spaniel": 2, "Shih-Tzu": 3}
+    for split, names in DOGS.items():
+        cells = np.empty((len(names), 1), dtype=object)
+        cells[:, 0] = names
+        labels = [[float(number[n.split("/")[0].partition("-")[2]])] for n in names]
+        savemat(root / f"{split}_list.mat", {"file_list": cells, "annotation_list": cells,
+                                             "labels": np.array(labels)})
+
+
+def write_dog_images(root):
+    for names in DOGS.values():
+        for i, name in enumerate(names):
+            picture(root / "Images" / name, 10 * i)
+
+
+def write_dogs(root, monkeypatch):
+    write_dog_lists(root / "stanford-dogs")
+    write_dog_images(root / "stanford-dogs")
+    return ["Chihuahua", "Japanese spaniel", "Shih-Tzu"], [0, 2, 1], [2, 0]
+
+
+def write_lists(base, prefix, parts):
+    for split, lines in parts.items():
+        text(base / f"{prefix}_LT_{split}.txt", *lines)
+        for i, line in enumerate(filter(None, lines)):
+            picture(base / line.rpartition(" ")[0], 10 * i)
+
+
+def write_imagenet(root, monkeypatch):
+    write_lists(root / "imagenet-lt", "ImageNet", {
+        "train": ["train/n01440764/n01440764_190.JPEG 0", "train/n15075141/n15075141_7.JPEG 999",
+                  ""],
+        "test": ["val/ILSVRC2012_val_00000001.JPEG 65"]})
+    return list(open_clip.IMAGENET_CLASSNAMES), [0, 999], [65]
+
+
+def write_places(root, monkeypatch):
+    write_lists(root / "places-lt", "Places", {
+        "train": ["data_256/a/airfield/00000001.jpg 0", "data_256/a/airfield/00000002.jpg 0",
+                  "data_256/a/apartment_building/outdoor/00000003.jpg 2",
+                  "data_256/b/bus_station/indoor/00000004.jpg 1"],
+        "test": ["val_256/Places365_val_00000001.jpg 2"]})
+    return ["airfield", "bus station indoor", "apartment building outdoor"], [0, 0, 2, 1], [2]
+
+
+WRITERS = {
+    "cifar100": write_cifar100, "cifar10": write_cifar10, "fashion-mnist": write_fashion,
+    "food101": write_food101, "dtd": write_dtd, "aircraft": write_aircraft, "pets": write_pets,
+    "dogs": write_dogs, "imagenet": write_imagenet, "places": write_places}
+CAPTION = {"food101": "a photo of waffle, a type of food.", "dtd": "waffle texture.",
+           "aircraft": "a photo of a waffle, a type of aircraft.",
+           "pets": "a photo of a waffle, a type of pet.",
+           "dogs": "a photo of a waffle, a type of dog."}
+
+
+def test_every_image_set_is_covered_here():
+    assert sorted([*WRITERS, "shapes"]) == data.IMAGE_SETS
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_image_set_is_read_from_its_own_files(name, tmp_path, monkeypatch):
+    class_names, train_labels, test_labels = WRITERS[name](tmp_path, monkeypatch)
+    images = data.load_images(name, tmp_path)
+    assert images.class_names == class_names and images.num_classes == len(class_names)
+    assert images.template.format("waffle") == CAPTION.get(name, "a photo of a waffle.")
+    assert images.long_tailed == (name in ("imagenet", "places"))
+    for part, labels, wanted in ((images.train, images.train_labels, train_labels),
+                                 (images.test, images.test_labels, test_labels)):
+        assert labels.dtype == np.int64 and labels.tolist() == wanted
+        assert len(part) == len(wanted)
+        for i in range(min(len(part), 3)):
+            image = part[i]
+            assert image.mode == "RGB"
+            shades = [10 * i + c * name.startswith("cifar") for c in range(3)]
+            assert np.abs(np.asarray(image).astype(int) - shades).max() <= 2  # JPEG rounds
+
+
+def test_cifar100_comes_with_its_coarse_labels(tmp_path, monkeypatch):
+    write_cifar100(tmp_path, monkeypatch)
+    images = data.load_images("cifar100", tmp_path)
+    assert images.coarse.tolist() == CIFAR100_PARENT
+
+
+def test_training_and_validation_parts_are_joined_in_order(tmp_path, monkeypatch):
+    write_dtd(tmp_path, monkeypatch)
+    images = data.load_images("dtd", tmp_path)
+    shades = [int(np.asarray(images.train[i]).mean().round()) for i in range(4)]
+    assert np.abs(np.array(shades) - [0, 10, 20, 30]).max() <= 2
+
+
+def test_places_class_without_training_images_has_a_stand_in_name(tmp_path):
+    write_lists(tmp_path / "places-lt", "Places", {
+        "train": ["data_256/a/airfield/1.jpg 0", "data_256/b/bar/2.jpg 2"],
+        "test": ["val_256/1.jpg 1"]})
+    assert data.load_images("places", tmp_path).class_names == ["airfield", "class 1", "bar"]
+
+
+@pytest.mark.parametrize("raw, words", [
+    ("aquarium_fish", "aquarium fish"), ("polka-dotted", "polka-dotted"),
+    ("T-shirt/top", "T-shirt/top"), ("__a__b-", "a b"), ("red panda", "red panda"), (7, "7")])
+def test_readable(raw, words):
+    assert data.readable(raw) == words
+
+
+# -- folders -------------------------------------------------------------------------------------
+
+
+def test_folder_with_train_and_test(tmp_path):
+    tree(tmp_path / "zoo" / "train", **{"red_panda": 3, "sea-lion": 2})
+    tree(tmp_path / "zoo" / "test", **{"red_panda": 1, "sea-lion": 1})
+    picture(tmp_path / "zoo" / "train" / "red_panda" / "deeper" / "x.JPG")
+    text(tmp_path / "zoo" / "train" / "red_panda" / "notes.txt", "not an image")
+    (tmp_path / "zoo" / "train" / ".hidden").mkdir()
+    images = data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+    assert images.name == "zoo" and images.class_names == ["red panda", "sea lion"]
+    assert images.template.format("cat") == "a photo of a cat."
+    assert images.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert images.test_labels.tolist() == [0, 1]
+    assert {images.train[i].mode for i in range(6)} == {"RGB"} and not images.long_tailed
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_folder_without_test_holds_out_the_last_fifth_of_each_class(tmp_path, inside):
+    tree(tmp_path / "zoo" / inside, cat=10, dog=5)
+    images = data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+    assert np.bincount(images.train_labels).tolist() == [8, 4]
+    assert np.bincount(images.test_labels).tolist() == [2, 1]
+    files = [*images.train.source, *images.test.source]
+    assert len(set(files)) == 15
+    assert [f.name for f in images.test.source] == ["8.png", "9.png", "4.png"]
+
+
+def test_folder_without_test_needs_no_more_images_than_its_message_asks_for(tmp_path):
+    tree(tmp_path / "zoo", cat=1, dog=9)
+    with pytest.raises(UserError, match="at least 2 images per class"):
+        data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+    tree(tmp_path / "zoo", cat=2)
+    images = data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+    for labels in (images.train_labels, images.test_labels):
+        assert np.bincount(labels, minlength=2).min() >= 1
+
+
+def test_images_of_other_modes_open_as_rgb(tmp_path):
+    for mode in ("L", "RGBA", "1"):
+        picture(tmp_path / f"{mode}.png", 0, mode)
+    Image.new("P", (4, 4)).save(tmp_path / "P.png")
+    images = data.Images(sorted(tmp_path.iterdir()))
+    assert [images[i].mode for i in range(4)] == ["RGB"] * 4
+
+
+def test_images_subset_and_concat_keep_order(tmp_path):
+    tree(tmp_path, a=4)
+    for images in (toy()[0], data.Images(sorted((tmp_path / "a").iterdir()))):
+        shuffled = images.subset([3, 0, 2])
+        both = data.Images.concat(shuffled, images.subset(np.array([1])))
+        assert len(shuffled) == 3 and len(both) == 4
+        for i, j in enumerate([3, 0, 2, 1]):
+            assert np.array_equal(np.asarray(both[i]), np.asarray(images[j]))
+
+
+# -- bad input -----------------------------------------------------------------------------------
+# Each case prepares a folder and returns the name to load and what the message must contain.
+
+
+def unknown_set(root):
+    return "mnist-9000", ["mnist-9000", "cifar100", "folder:PATH"]
+
+
+def folder_missing(root):
+    return f"folder:{root / 'nowhere'}", [root / "nowhere", "train/<class>/*.jpg"]
+
+
+def folder_is_a_file(root):
+    text(root / "file", "x")
+    return f"folder:{root / 'file'}", [root / "file", "train/<class>/*.jpg"]
+
+
+def class_folder_empty(root):
+    tree(root / "train", cat=2, dog=0)
+    return f"folder:{root}", [root / "train" / "dog", "holds no images", ".jpg"]
+
+
+def one_class_only(root):
+    tree(root / "train", cat=2)
+    return f"folder:{root}", [root / "train", "at least 2"]
+
+
+def folder_empty(root):
+    return f"folder:{root}", [root, "at least 2"]
+
+
+def classes_differ(root):
+    tree(root / "train", cat=2, dog=2)
+    tree(root / "test", cat=2, wolf=2)
+    return f"folder:{root}", [root, "same classes", "dog", "wolf"]
+
+
+def only_a_test_folder(root):
+    tree(root / "test", cat=2, dog=2)
+    return f"folder:{root}", [root, "train/<class>/*"]
+
+
+def broken_image(root):
+    tree(root / "train", cat=5, dog=5)
+    (root / "train" / "dog" / "1.png").write_bytes(b"not a picture")
+    return f"folder:{root}", [root / "train" / "dog" / "1.png", "not a readable image"]
+
+
+def truncated_image(root):
+    tree(root / "train", cat=5, dog=5)
+    path = root / "train" / "cat" / "4.png"
+    path.write_bytes(path.read_bytes()[:50])
+    return f"folder:{root}", [path, "not a readable image"]
+
+
+def broken_netpbm_header(root):
+    tree(root / "train", cat=5, dog=5)
+    path = root / "train" / "cat" / "z.ppm"
+    path.write_bytes(b"P6\n20")
+    return f"folder:{root}", [path, "not a readable image"]
+
+
+def image_that_claims_a_billion_pixels(root):
+    tree(root / "train", cat=5, dog=5)
+    path = root / "train" / "cat" / "z.png"
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body \
+            + struct.pack(">I", zlib.crc32(kind + body))
+    size = struct.pack(">IIBBBBB", 40000, 25000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b""))
+    return f"folder:{root}", [path, "not a readable image"]
+
+
+def list_file_missing(root):
+    return "imagenet", [root / "imagenet-lt" / "ImageNet_LT_train.txt", "is missing", "ILSVRC-2012"]
+
+
+def second_list_file_missing(root):
+    write_places(root, None)
+    (root / "places-lt" / "Places_LT_test.txt").unlink()
+    return "places", [root / "places-lt" / "Places_LT_test.txt", "is missing", "Places-365"]
+
+
+def list_line_without_label(root):
+    write_imagenet(root, None)
+    path = root / "imagenet-lt" / "ImageNet_LT_train.txt"
+    text(path, "train/n01440764/n01440764_190.JPEG 0", "train/n01440764/n01440764_191.JPEG")
+    return "imagenet", [path, "line 2", "'path label'"]
+
+
+def list_line_with_negative_label(root):
+    write_imagenet(root, None)
+    path = root / "imagenet-lt" / "ImageNet_LT_test.txt"
+    text(path, "val/ILSVRC2012_val_00000001.JPEG -1")
+    return "imagenet", [path, "line 1", "'path label'"]
+
+
+def list_file_empty(root):
+    write_places(root, None)
+    path = root / "places-lt" / "Places_LT_train.txt"
+    text(path, "", "   ")
+    return "places", [path, "is empty", "'path label'"]
+
+
+def list_file_not_text(root):
+    write_places(root, None)
+    path = root / "places-lt" / "Places_LT_train.txt"
+    path.write_bytes(b"\x1f\x8b\x08\x00\xff\xfe\xfa")
+    return "places", [path, "'path label'"]
+
+
+def list_names_missing_image(root):
+    write_places(root, None)
+    path, gone = root / "places-lt" / "Places_LT_train.txt", "data_256/z/zoo/00000001.jpg"
+    text(path, f"{gone} 0")
+    return "places", [path, root / "places-lt" / gone, "does not exist"]
+
+
+def list_names_missing_image_later(root):
+    write_places(root, None)
+    gone = root / "places-lt" / "data_256/b/bus_station/indoor/00000004.jpg"
+    gone.unlink()
+    return "places", [gone, "not a readable image"]
+
+
+def label_too_large(root):
+    write_lists(root / "places-lt", "Places", {"train": ["data_256/a/airfield/1.jpg 0"],
+                                               "test": ["val_256/1.jpg 1"]})
+    return "places", [root / "places-lt", "larger than the 1 classes"]
+
+
+def dog_list_damaged(root):
+    write_dogs(root, None)
+    path = root / "stanford-dogs" / "train_list.mat"
+    path.write_bytes(b"MATLAB 5.0 MAT-file" + bytes(100))
+    return "dogs", [path, "lists.tar"]
+
+
+def dog_list_missing(root):
+    write_dogs(root, None)
+    path = root / "stanford-dogs" / "test_list.mat"
+    path.unlink()
+    return "dogs", [path, "lists.tar"]
+
+
+def dog_images_missing(root):
+    write_dogs(root, None)
+    gone = root / "stanford-dogs" / "Images" / DOGS["train"][0]
+    gone.unlink()
+    return "dogs", [gone, "images.tar", root / "stanford-dogs"]
+
+
+def torchvision_file_missing(root):
+    write_food101(root, None)
+    (root / "food-101" / "meta" / "test.json").unlink()
+    return "food101", [root, "torchvision.datasets.Food101"]
+
+
+def torchvision_file_damaged(root):
+    write_fashion(root, None)
+    (root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03\x00")
+    return "fashion-mnist", [root, "torchvision.datasets.FashionMNIST"]
+
+
+def cifar_with_a_wrong_checksum(root):
+    folder = root / "cifar-10-batches-py"
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        write_cifar_batch(folder / name, 1, labels=[0])
+    return "cifar10", [root, "torchvision.datasets.CIFAR10"]  # not accepted, and no network
+
+
+BAD_INPUT = [
+    unknown_set, folder_missing, folder_is_a_file, class_folder_empty, one_class_only, folder_empty,
+    classes_differ, only_a_test_folder, broken_image, truncated_image, broken_netpbm_header,
+    image_that_claims_a_billion_pixels, list_file_missing, second_list_file_missing,
+    list_line_without_label, list_line_with_negative_label, list_file_empty, list_file_not_text,
+    list_names_missing_image, list_names_missing_image_later, label_too_large, dog_list_damaged,
+    dog_list_missing, dog_images_missing, torchvision_file_missing, torchvision_file_damaged,
+    cifar_with_a_wrong_checksum]
+
+
+@pytest.mark.parametrize("case", BAD_INPUT, ids=lambda case: case.__name__)
+def test_bad_input_is_one_line_that_names_the_place_and_what_is_expected(case, tmp_path):
+    name, wanted = case(tmp_path)
+    with pytest.raises(UserError) as caught:
+        images = data.load_images(name, tmp_path)
+        for part in (images.train, images.test):
+            for i in range(len(part)):
+                part[i]
+    message = str(caught.value)
+    assert "\n" not in message and caught.value.code == 2
+    for piece in wanted:
+        assert str(piece) in message
+
+
+@pytest.mark.parametrize("name", [*data.TORCHVISION_SETS, "dogs"])
+def test_without_network_the_message_says_what_to_put_where(name, tmp_path):
+    with pytest.raises(UserError) as caught:
+        data.load_images(name, tmp_path / "data")
+    message = str(caught.value)
+    assert str(tmp_path / "data") in message
+    if name == "dogs":
+        assert "lists.tar" in message
+    else:
+        assert f"torchvision.datasets.{data.TORCHVISION_SETS[name][0]}" in message
+
+
+# -- Stanford Dogs' archives ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def dogs_site(tmp_path, monkeypatch):
+    """A copy of the site: lists.tar and images.tar behind a file:// address."""
+    site, content = tmp_path / "site", tmp_path / "content"
+    write_dog_lists(content)
+    write_dog_images(content)
+    site.mkdir()
+    for archive, names in (("lists.tar", ["train_list.mat", "test_list.mat"]),
+                           ("images.tar", ["Images"])):
+        with tarfile.open(site / archive, "w") as tar:
+            for name in names:
+                tar.add(content / name, name)
+    monkeypatch.setattr(data, "DOGS_URL", site.as_uri() + "/")
+    return site
+
+
+def check_dogs(data_dir):
+    images = data.load_images("dogs", data_dir)
+    assert images.class_names == ["Chihuahua", "Japanese spaniel", "Shih-Tzu"]
+    for part in (images.train, images.test):
+        assert all(part[i].mode == "RGB" for i in range(len(part)))
+
+
+def test_dogs_are_fetched_and_unpacked_once(dogs_site, tmp_path):
+    check_dogs(tmp_path / "data")
+    for archive in dogs_site.iterdir():
+        archive.unlink()
+    check_dogs(tmp_path / "data")
+
+
+def tar_with(path, member):
+    """A tar with one small file under the name `member`."""
+    text(path.parent / "payload", "payload")
+    with tarfile.open(path, "w") as tar, open(path.parent / "payload", "rb") as handle:
+        info = tar.gettarinfo(fileobj=handle)
+        info.name = member
+        tar.addfile(info, handle)
+
+
+@pytest.mark.parametrize("member", ["../evil", "a/../../evil"])
+def test_archive_that_leaves_the_folder_is_refused(member, tmp_path):
+    root = tmp_path / "inner" / "data"
+    tar_with(tmp_path / "bad.tar", member)
+    with pytest.raises(UserError, match=r"evil") as caught:
+        data.fetch_tar((tmp_path / "bad.tar").as_uri(), root)
+    assert str(root / "bad.tar") in str(caught.value)
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_absolute_path_in_an_archive_lands_inside_the_folder(tmp_path):
+    target, root = tmp_path / "elsewhere" / "evil", tmp_path / "data"
+    tar_with(tmp_path / "odd.tar", str(target))
+    data.fetch_tar((tmp_path / "odd.tar").as_uri(), root)
+    assert not target.exists()
+    assert (root / str(target).lstrip("/")).read_text() == "payload\n"
+
+
+def test_archive_with_a_link_out_of_the_folder_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        info = tarfile.TarInfo("door")
+        info.type, info.linkname = tarfile.SYMTYPE, "../.."
+        tar.addfile(info)
+    with pytest.raises(UserError, match=r"bad\.tar"):
+        data.fetch_tar((tmp_path / "bad.tar").as_uri(), tmp_path / "data")
+    assert not (tmp_path / "data" / "door").is_symlink()
+
+
+def test_damaged_archive_is_refused_and_says_which(tmp_path):
+    (tmp_path / "bad.tar").write_bytes(b"this is not a tar file" * 100)
+    with pytest.raises(UserError, match="damaged") as caught:
+        data.fetch_tar((tmp_path / "bad.tar").as_uri(), tmp_path / "data")
+    assert str(tmp_path / "data" / "bad.tar") in str(caught.value)
+
+
+def test_archive_that_is_not_there_says_what_to_put_where(tmp_path):
+    with pytest.raises(UserError, match="cannot download") as caught:
+        data.fetch_tar((tmp_path / "none.tar").as_uri(), tmp_path / "data")
+    assert "none.tar" in str(caught.value) and str(tmp_path / "data") in str(caught.value)
+    assert not [p for p in (tmp_path / "data").iterdir() if "none" in p.name]
+
+
+def test_archive_damaged_half_way_can_be_replaced_as_the_message_says(dogs_site, tmp_path):
+    good = (dogs_site / "images.tar").read_bytes()
+    with tarfile.open(dogs_site / "images.tar") as tar:
+        last = [m for m in tar.getmembers() if m.isfile()][-1]
+    (dogs_site / "images.tar").write_bytes(good[:last.offset_data + 10])
+    with pytest.raises(UserError, match="delete it and try again"):
+        data.load_images("dogs", tmp_path / "data")
+    (tmp_path / "data" / "stanford-dogs" / "images.tar").unlink()
+    (dogs_site / "images.tar").write_bytes(good)
+    check_dogs(tmp_path / "data")
+
+
+# -- reading images ------------------------------------------------------------------------------
+
+PLAIN = data.pixel_transform(8, (.5, .4, .3), (.2, .2, .2))
+
+
+def random_pixels(image):
+    """Noise from torch's global generator: any leak between samples would show."""
+    return transforms.functional.to_tensor(image) + torch.randn(3, 1, 1)
+
+
+def test_batches_equal_the_transform_by_hand():
+    images, _ = toy()
+    pool = data.ImagePool(images, PLAIN)
+    batches = list(pool.batches([[5, 0, 5], range(2), torch.tensor([11])]))
+    for batch, wanted in zip(batches, ([5, 0, 5], [0, 1], [11]), strict=True):
+        assert torch.equal(batch, torch.stack([PLAIN(images[i]) for i in wanted]))
+
+
+def test_pixel_transform_scales_and_normalises():
+    image = Image.new("RGB", (9, 7), (255, 0, 51))
+    out = data.pixel_transform(4, (.5, .25, 0), (.5, .5, .25))(image)
+    assert out.shape == (3, 4, 4)
+    assert torch.allclose(out[:, 0, 0], torch.tensor([1., -.5, .8]), atol=1e-6)
+
+
+def test_preloading_changes_no_pixel():
+    images, _ = toy(per_class=200)  # more than one chunk of 256
+    plain, loaded = data.ImagePool(images, PLAIN), data.ImagePool(images, PLAIN)
+    assert loaded.preload() and loaded.pixels is not None
+    wanted = [[399, 0, 256], range(250, 260)]
+    for a, b in zip(plain.batches(wanted), loaded.batches(wanted), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_preloading_leaves_large_pools_on_disk(monkeypatch):
+    monkeypatch.setattr(data.ImagePool, "IN_MEMORY", 3 * 8 * 8 * 12 - 1)
+    pool = data.ImagePool(toy()[0], PLAIN)
+    assert not pool.preload() and pool.pixels is None
+    monkeypatch.setattr(data.ImagePool, "IN_MEMORY", 3 * 8 * 8 * 12)
+    assert pool.preload()
+
+
+def test_preloaded_pool_still_augments_when_seeds_are_given():
+    pool = data.ImagePool(toy()[0], PLAIN, random_pixels)
+    before = next(pool.batches([[0, 1]], [[7, 8]]))
+    pool.preload()
+    assert torch.equal(next(pool.batches([[0, 1]], [[7, 8]])), before)
+
+
+@pytest.mark.parametrize("random_transform", [
+    random_pixels, data.pixel_transform(8, (.5,) * 3, (.2,) * 3, crop=.2)], ids=["noise", "crop"])
+def test_augmentation_depends_on_the_sample_seed_only(random_transform):
+    pool = data.ImagePool(toy()[0], PLAIN, random_transform)
+    together = next(pool.batches([[0, 1, 2, 0]], [[10, 11, 12, 13]]))
+    alone = next(pool.batches([[2]], [[12]]))
+    other_order = next(pool.batches([[1, 0]], [[11, 10]]))
+    assert torch.equal(alone[0], together[2])
+    assert torch.equal(other_order, together[[1, 0]])
+    assert not torch.equal(together[0], together[3])  # the same image, another seed
+
+
+def test_workers_change_no_pixel():
+    images, _ = toy()
+    lists, seeds = [[0, 1, 2], [3, 4, 5], [0, 3]], [[10, 11, 12], [13, 14, 15], [16, 17]]
+    serial = data.ImagePool(images, PLAIN, random_pixels, workers=0)
+    parallel = data.ImagePool(images, PLAIN, random_pixels, workers=2)
+    for options in ((lists,), (lists, seeds)):
+        for a, b in zip(serial.batches(*options), parallel.batches(*options), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_leaves_the_global_generator_alone(workers):
+    pool = data.ImagePool(toy()[0], PLAIN, random_pixels, workers)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    list(pool.batches([[0, 1], [2]], [[1, 2], [3]]))
+    list(pool.batches([[0, 1], [2]]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_augmentation_does_not_reseed_the_gpus(monkeypatch):
+    """Otherwise dropout on a GPU would depend on which process reads the images."""
+    reseeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    torch.manual_seed(1)
+    assert reseeded == [1]  # torch.manual_seed does reach them
+    pool = data.ImagePool(toy()[0], PLAIN, random_pixels)
+    next(pool.batches([[0, 1]], [[7, 8]]))
+    assert reseeded == [1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_image_in_a_batch_is_one_short_line(workers, tmp_path):
+    tree(tmp_path, a=3)
+    (tmp_path / "a" / "1.png").write_bytes(b"nothing")
+    pool = data.ImagePool(data.Images(sorted((tmp_path / "a").iterdir())), PLAIN, workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(pool.batches([[0, 1, 2]]))
+    assert str(tmp_path / "a" / "1.png") in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+# -- words ---------------------------------------------------------------------------------------
+
+
+def test_end_of_text_has_the_largest_id_and_argmax_finds_it():
+    tokenizer = data.WordTokenizer(["a photo of a red panda.", "a photo of a cat."], 12)
+    ids = tokenizer(["a photo of a cat.", "panda"])
+    assert ids.shape == (2, 12) and ids.dtype == torch.int64
+    assert ids.argmax(-1).tolist() == [7, 2]  # start + 6 words and stops, start + 1 word
+    assert ids.max() == tokenizer.end == tokenizer.vocab_size - 1
+    assert ids[:, 0].tolist() == [tokenizer.start] * 2 and tokenizer.start == tokenizer.end - 1
+    assert (ids[1, 3:] == 0).all()
+
+
+def test_words_have_ids_of_their_own_and_unknown_ones_do_not():
+    tokenizer = data.WordTokenizer(["red panda.", "sea-lion 7"], 9)
+    ids = tokenizer.ids
+    assert sorted(ids) == [".", "7", "lion", "panda", "red", "sea"]
+    assert sorted(ids.values()) == list(range(tokenizer.start - 6, tokenizer.start))
+    row = tokenizer("X red Zebra RED_panda.")[0].tolist()
+    assert row[0] == tokenizer.start and row[7:] == [tokenizer.end, 0]
+    assert row[2] == row[4] == ids["red"] and row[5:7] == [ids["panda"], ids["."]]
+    assert 1 <= row[1] < min(ids.values()) and 1 <= row[3] < min(ids.values())
+    assert torch.equal(tokenizer("a cat"), tokenizer(["a cat"]))
+
+
+def test_text_that_is_too_long_is_refused():
+    tokenizer = data.WordTokenizer(["one two three"], 5)
+    assert tokenizer("one two three")[0, -1] == tokenizer.end
+    with pytest.raises(UserError, match=r"'one two three four' is longer than .* 5 tokens"):
+        tokenizer(["one", "one two three four"])
+
+
+# -- shapes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("look", [data.CLEAN, data.MILD, data.SHIFTED])
+def test_tiles_are_uint8_and_depend_on_the_generator_alone(look):
+    for texture in data.TEXTURES:
+        a, b, c = (data.render_tile("red", texture, np.random.default_rng(s), **look)
+                   for s in (3, 3, 4))
+        assert a.shape == (32, 32, 3) and a.dtype == np.uint8
+        assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_tiles_show_their_colour():
+    def mean_of(colour):
+        return data.render_tile(colour, "plain", np.random.default_rng(0)).mean((0, 1))
+    assert mean_of("red").argmax() == 0 and mean_of("green").argmax() == 1
+    assert mean_of("blue").argmax() == 2
+    assert np.ptp(mean_of("grey")) < np.ptp(mean_of("red"))
+
+
+def test_render_tiles_labels_follow_the_counts():
+    counts = np.arange(100) % 3
+    pixels, labels = data.render_tiles(counts, np.random.default_rng(0))
+    assert pixels.shape == (counts.sum(), 32, 32, 3) and pixels.dtype == np.uint8
+    assert labels.dtype == np.int64
+    assert np.bincount(labels, minlength=100).tolist() == counts.tolist()
+
+
+def test_shapes_has_its_stated_sizes():
+    world = data.load_images("shapes", "unused", seed=0)
+    assert len(world.train) == len(world.train_labels) == 4311 and world.long_tailed
+    assert len(world.test) == len(world.test_labels) == 2000
+    assert world.num_classes == 100 and len(set(world.class_names)) == 100
+    counts = np.bincount(world.train_labels, minlength=100)
+    assert sorted(counts.tolist(), reverse=True) == data.long_tail_counts(200, 100, 100)
+    assert np.bincount(world.test_labels).tolist() == [20] * 100
+    assert world.train.source.dtype == np.uint8 and world.train[0].size == (32, 32)
+    assert world.template.count("{}") == 1
+
+
+def test_shapes_depends_on_its_seed_alone():
+    a, b, c = (data.shapes(seed, n_max=4, imbalance=4, n_test=1) for seed in (0, 0, 1))
+    for part in ("train", "test"):
+        assert np.array_equal(getattr(a, part).source, getattr(b, part).source)
+    assert np.array_equal(a.train_labels, b.train_labels)
+    assert not np.array_equal(a.train_labels, c.train_labels)  # another class is the most frequent
+    assert not np.array_equal(a.test.source, c.test.source)
+
+
+def test_shapes_pretraining_is_balanced_and_apart_from_the_world():
+    images, labels = data.shapes_pretraining(0, per_class=2)
+    assert len(images) == 200 and np.bincount(labels).tolist() == [2] * 100
+    again, _ = data.shapes_pretraining(0, per_class=2)
+    other, _ = data.shapes_pretraining(1, per_class=2)
+    assert np.array_equal(images.source, again.source)
+    assert not np.array_equal(images.source, other.source)
+
+
+def long_tailed_set():
+    counts = [20, 10, 6]
+    pixels = np.arange(36, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 4, 4, 3), np.uint8)
+    labels = np.repeat([0, 1, 2], counts)
+    return data.ImageSet("toy", ["a", "b", "c"], "{}", data.Images(pixels), labels,
+                         data.Images(pixels[:3]), labels[:3])
+
+
+def test_split_for_pretraining_is_balanced_and_disjoint():
+    images = long_tailed_set()
+    seen, seen_labels, rest = data.split_for_pretraining(images, .5, np.random.default_rng(0))
+    assert np.bincount(seen_labels).tolist() == [3, 3, 3]
+    assert np.bincount(rest.train_labels).tolist() == [17, 7, 3]
+    number = {i: label for i, label in enumerate(images.train_labels)}
+    first, second = seen.source[:, 0, 0, 0].tolist(), rest.train.source[:, 0, 0, 0].tolist()
+    assert sorted(first + second) == list(range(36))
+    assert [number[i] for i in first] == seen_labels.tolist()
+    assert [number[i] for i in second] == rest.train_labels.tolist()
+    assert len(images.train) == 36 and rest.test is images.test  # the original is untouched
+
+
+@pytest.mark.parametrize("share, labels", [(.1, None), (1.0, None), (.5, [0] * 36)])
+def test_split_for_pretraining_that_leaves_nothing_is_refused(share, labels):
+    images = long_tailed_set()
+    if labels:  # a class without any image
+        images = replace(images, train_labels=np.array(labels))
+    with pytest.raises(UserError, match=f"--pretrain-share {share} "):
+        data.split_for_pretraining(images, share, np.random.default_rng(0))
+
+
+# -- CLIP ----------------------------------------------------------------------------------------
+
+TINY = data.TinyConfig(width=32, vision_layers=1, text_layers=1, patch=4, image_size=8, epochs=1,
+                       batch=4)
+
+
+def tiny(cache, config=TINY, seed=0, per_class=6):
+    return data.tiny_backbone(*toy(per_class=per_class), ["red panda", "cat"], "a photo of a {}.",
+                              config, seed, CPU, cache)
+
+
+def weights(backbone):
+    return backbone.clip.state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_tiny_clip_encodes_images_and_texts(tmp_path):
+    backbone = tiny(tmp_path)
+    images, _ = toy()
+    pixels = torch.stack([backbone.transform(images[i]) for i in range(3)])
+    crops = torch.stack([backbone.random_transform(images[i]) for i in range(3)])
+    tokens = backbone.tokenizer(["a photo of a cat.", "X X X X red panda."])
+    assert not backbone.clip.training and backbone.size == 8
+    assert pixels.shape == crops.shape == (3, 3, 8, 8)
+    with torch.no_grad():
+        for features, rows in ((backbone.clip.encode_image(pixels), 3),
+                               (backbone.clip.encode_text(tokens), 2)):
+            assert features.shape == (rows, 32) and features.isfinite().all()
+            assert not torch.allclose(features[0], features[1])
+
+
+def test_tiny_clip_is_trained_and_the_second_call_reads_the_cache(tmp_path):
+    first = tiny(tmp_path)
+    untrained = tiny(tmp_path / "other", replace(TINY, lr=1e-12))
+    assert not same(weights(first), weights(untrained))
+    (made,) = tmp_path.glob("tiny-clip-*.pt")
+    written = made.stat().st_mtime_ns
+    assert same(weights(first), weights(tiny(tmp_path)))
+    assert list(tmp_path.glob("tiny-clip-*.pt")) == [made] and made.stat().st_mtime_ns == written
+
+
+def test_tiny_clip_is_the_same_when_trained_again_and_not_with_another_seed(tmp_path):
+    a, b, c = tiny(tmp_path / "a"), tiny(tmp_path / "b"), tiny(tmp_path / "a", seed=1)
+    assert same(weights(a), weights(b)) and not same(weights(a), weights(c))
+
+
+def test_tiny_clip_learns_with_augmentation(tmp_path):
+    plain, moved = tiny(tmp_path), tiny(tmp_path, replace(TINY, augment=True))
+    assert not same(weights(plain), weights(moved))
+    assert all(v.isfinite().all() for v in weights(moved).values() if v.is_floating_point()
+               and v.dim() < 2)  # the causal mask is 2-D and holds -inf
+
+
+def test_truncated_tiny_clip_is_refused(tmp_path):
+    tiny(tmp_path)
+    (path,) = tmp_path.glob("tiny-clip-*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="delete it to make it again") as caught:
+        tiny(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_tiny_clip_trains_on_fewer_images_than_a_batch(tmp_path):
+    """A small folder of one's own pictures: the default batch is larger than half of it."""
+    trained = tiny(tmp_path, replace(TINY, batch=100), per_class=3)
+    untrained = tiny(tmp_path, replace(TINY, lr=1e-12), per_class=3)
+    assert not same(weights(trained), weights(untrained))
+
+
+def test_encode_once_equals_encoding_by_hand_and_is_cached(tmp_path, monkeypatch):
+    backbone = tiny(tmp_path)
+    images, _ = toy(per_class=100)  # more than one batch of 128
+    pool = data.ImagePool(images, backbone.transform)
+    once = data.encode_once(backbone.clip, pool, CPU, tmp_path)
+    with torch.no_grad():
+        pixels = torch.stack([backbone.transform(images[i]) for i in range(200)])
+        by_hand = torch.cat([backbone.clip.encode_image(p) for p in pixels.split(128)])
+    assert torch.equal(once, by_hand)
+
+    def refuse(_):
+        raise AssertionError("encoded a second time")
+    monkeypatch.setattr(backbone.clip, "encode_image", refuse)
+    assert torch.equal(data.encode_once(backbone.clip, pool, CPU, tmp_path), once)
+
+
+def test_encode_once_notices_other_images_weights_and_transforms(tmp_path):
+    backbone, images = tiny(tmp_path), toy()[0]
+    tree(tmp_path / "files", a=3)
+    files = data.Images(sorted((tmp_path / "files" / "a").iterdir()))
+
+    def encode(images, transform=backbone.transform, clip=backbone.clip):
+        data.encode_once(clip, data.ImagePool(images, transform), CPU, tmp_path)
+        return len(list(tmp_path.glob("features-*.pt")))
+    assert [encode(images), encode(images), encode(toy(seed=1)[0])] == [1, 1, 2]
+    assert encode(images, data.pixel_transform(8, (0, 0, 0), (1, 1, 1))) == 3
+    assert encode(images, clip=tiny(tmp_path, seed=1).clip) == 4
+    assert [encode(files), encode(files)] == [5, 5]
+    picture(files.source[0], 200)
+    Image.new("RGB", (30, 30)).save(files.source[0])  # other content under the same name
+    assert encode(files) == 6
+
+
+def test_unknown_model_is_refused_with_a_suggestion(tmp_path):
+    with pytest.raises(UserError, match="'NoSuchModel' is not an open_clip model") as caught:
+        data.open_clip_backbone("NoSuchModel", None, 0, CPU, tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="ViT-B-32"):
+        data.open_clip_backbone("ViT-b-32:openai", None, 0, CPU, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32", "ViT-B-32:", "ViT-B-32:nonsense"])
+def test_model_without_a_known_tag_lists_the_tags(model, tmp_path):
+    with pytest.raises(UserError, match="ViT-B-32 needs :PRETRAINED") as caught:
+        data.open_clip_backbone(model, None, 0, CPU, tmp_path)
+    for word in ("openai", "laion2b_s34b_b79k", "random", "--weights FILE"):
+        assert word in str(caught.value)
+
+
+def test_missing_or_foreign_weights_file_is_refused(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(UserError, match="expected a checkpoint of ViT-S-32-alt") as caught:
+            data.open_clip_backbone("ViT-S-32-alt", path, 0, CPU, tmp_path)
+        assert str(path) in str(caught.value)
+    torch.save({"weight": torch.ones(2)}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match=r"cannot read .*foreign\.pt as ViT-S-32-alt"):
+        data.open_clip_backbone("ViT-S-32-alt", tmp_path / "foreign.pt", 0, CPU, tmp_path)
+
+
+def test_local_checkpoint_round_trip(tmp_path):
+    made = data.open_clip_backbone("ViT-S-32-alt:random", None, 0, CPU, tmp_path)
+    torch.save(weights(made), tmp_path / "clip.pt")
+    read = data.open_clip_backbone("ViT-S-32-alt", tmp_path / "clip.pt", 1, CPU, tmp_path)
+    assert same(weights(made), weights(read))
+    assert read.size == 224 and not read.clip.training
+    photo = Image.new("RGB", (300, 240), (90, 20, 200))
+    assert read.transform(photo).shape == read.random_transform(photo).shape == (3, 224, 224)
+    assert read.tokenizer(["a photo of a cat."]).shape == (1, 77)
+
+
+def test_random_weights_depend_on_the_seed(monkeypatch, tmp_path):
+    """The draw follows the seed: seen through a stand-in, since a real model takes seconds."""
+    drawn = []
+
+    def create(*_, **__):
+        drawn.append(torch.rand(()).item())
+        raise RuntimeError("seen enough")
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    for seed in (0, 0, 1):
+        with pytest.raises(UserError):
+            data.open_clip_backbone("ViT-S-32-alt:random", None, seed, CPU, tmp_path)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_no_network_points_to_local_weights(tmp_path):
+    with pytest.raises(UserError, match="--model ViT-B-32 --weights FILE") as caught:
+        data.open_clip_backbone("ViT-B-32:laion2b_s34b_b79k", None, 0, CPU, tmp_path)
+    assert "cannot download ViT-B-32:laion2b_s34b_b79k" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["create_model_and_transforms", "get_tokenizer"])
+def test_failing_download_of_any_part_is_one_line(part, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("We couldn't connect\nto the hub")
+    small = tiny(tmp_path).clip
+    small.visual.image_mean, small.visual.image_std = (.5, .5, .5), (.2, .2, .2)
+    monkeypatch.setattr(open_clip, "create_model_and_transforms",
+                        lambda *_, **__: (small, None, None))
+    monkeypatch.setattr(open_clip, part, refuse)  # some tokenizers come from the hub, too
+    with pytest.raises(UserError, match="--weights") as caught:
+        data.open_clip_backbone("ViT-B-32:openai", None, 0, CPU, tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,754 @@
+"""FedPuReL: equations against independent oracles, fast paths against the plain arrangement."""
+import ast
+import builtins
+import copy
+import dis
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import fedpurel
+from benchmarks import fedpurel_plain as plain
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ["prompt", "lora", "adapter"]
+CLASSES, CLIENT_SIZES, TEST_SIZES = 5, (10, 13, 3), (6, 5, 7)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+# ================================================================================================
+# Equations
+# ================================================================================================
+
+
+def entropy_by_loop(p):
+    return -sum(v * math.log(v) for v in p if v > 0)
+
+
+def softmax_by_loop(row, tau):
+    top = max(row)
+    e = [math.exp((v - top) / tau) for v in row]
+    return [v / sum(e) for v in e]
+
+
+def test_entropy_is_the_sum_over_classes():
+    p = randn(6, 7).softmax(-1)
+    p[0] = torch.eye(7)[2]  # certain: 0 · log 0 = 0
+    p[1] = 1 / 7
+    expected = [entropy_by_loop(row) for row in p.tolist()]
+    torch.testing.assert_close(fedpurel.entropy(p).tolist(), expected, rtol=0, atol=1e-12)
+    assert fedpurel.entropy(p)[1].item() == pytest.approx(math.log(7))
+
+
+def test_target_entropy_is_midway():
+    z, f = 2 * randn(5, 4, seed=1), 3 * randn(5, 4, seed=2)
+    by_hand = [[entropy_by_loop(softmax_by_loop(row, 1)) for row in a.tolist()] for a in (z, f)]
+    expected = [(a + b) / 2 for a, b in zip(*by_hand, strict=True)]
+    torch.testing.assert_close(fedpurel.target_entropy(z, f).tolist(), expected)
+
+
+def reachable(rows=8, classes=10):
+    """Logits, and target entropies that a temperature between 0.1 and 15 reaches."""
+    logits = 3 * randn(rows, classes, seed=3)
+    taus = torch.linspace(math.log(.1), math.log(15), rows).exp()
+    target = [entropy_by_loop(softmax_by_loop(row, t.item()))
+              for row, t in zip(logits.tolist(), taus, strict=True)]
+    return logits, torch.tensor(target, dtype=torch.float64)
+
+
+def test_temperature_equals_a_dense_grid_search_and_an_exact_bisection():
+    logits, target = reachable()
+    tau = fedpurel.alignment_temperature(logits, target).tolist()
+    grid = torch.arange(.05, 20, 1e-3, dtype=torch.float64)
+    for row, wanted, found in zip(logits, target.tolist(), tau, strict=True):
+        on_grid = fedpurel.entropy((row / grid[:, None]).softmax(-1))
+        assert found == pytest.approx(grid[(on_grid - wanted).abs().argmin()].item(), abs=1e-3)
+        low, high = .05, 20.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            flat = entropy_by_loop(softmax_by_loop(row.tolist(), middle)) > wanted
+            low, high = (low, middle) if flat else (middle, high)
+        assert found == pytest.approx(low, abs=19.95 / 2 ** 21 + 1e-9)
+
+
+def test_temperature_brings_the_entropy_to_the_target():
+    logits, target = reachable()
+    tau = fedpurel.alignment_temperature(logits, target)
+    reached = fedpurel.entropy((logits / tau[:, None]).softmax(-1))
+    assert (fedpurel.entropy(logits.softmax(-1)) - target).abs().min() > 1e-3
+    torch.testing.assert_close(reached, target, rtol=0, atol=2e-4)
+
+
+def test_temperature_of_an_unreachable_target_is_the_nearer_end():
+    logits = randn(2, 6) * torch.tensor([[1.0], [100.0]])
+    tau = fedpurel.alignment_temperature(logits, torch.tensor([-.1, 1.8]).double())
+    torch.testing.assert_close(tau.tolist(), [.05, 20.0], rtol=0, atol=2e-5)
+
+
+def test_temperature_does_not_depend_on_the_rest_of_the_batch():
+    logits, target = reachable()
+    alone = [fedpurel.alignment_temperature(a[None], t[None])
+             for a, t in zip(logits, target, strict=True)]
+    together = fedpurel.alignment_temperature(logits, target)
+    torch.testing.assert_close(torch.cat(alone), together, rtol=0, atol=1e-12)
+
+
+def test_temperature_carries_no_gradient():
+    logits, target = reachable()
+    tau = fedpurel.alignment_temperature(logits.requires_grad_(), target.requires_grad_())
+    assert not tau.requires_grad
+
+
+@pytest.mark.parametrize("factor", [.3, 1.0, 4.0])
+def test_tkl_sees_no_difference_in_confidence(factor):
+    z = 2 * randn(6, 8)
+    assert fedpurel.tkl_loss(z, factor * z).item() == pytest.approx(0, abs=1e-8)
+    assert fedpurel.tkl_loss(z, factor * z.flip(-1)).item() > .1
+    if factor != 1:
+        assert fedpurel.kl_loss(z, factor * z).item() > .05
+
+
+def test_tkl_equals_the_plain_one():
+    z, f = 2 * randn(6, 8, seed=1), 3 * randn(6, 8, seed=2)
+    assert fedpurel.tkl_loss(z, f).item() == pytest.approx(plain.plain_tkl(z, f).item(), abs=1e-12)
+
+
+def test_tkl_gradient_goes_through_the_tuned_prediction_only():
+    z, f = randn(3, 5, seed=1).requires_grad_(), 2 * randn(3, 5, seed=2)
+    f.requires_grad_()
+    grad_f, grad_z = torch.autograd.grad(fedpurel.tkl_loss(z, f), [f, z], allow_unused=True)
+    assert grad_z is None
+    target = fedpurel.target_entropy(z, f).detach()
+    tau_z, tau_f = (fedpurel.alignment_temperature(a.detach(), target)[:, None] for a in (z, f))
+
+    def frozen(moved):
+        """TKL with H*, τ_z and τ_f as they were."""
+        return F.kl_div((moved / tau_f).log_softmax(-1), (z / tau_z).softmax(-1),
+                        reduction="batchmean").item()
+
+    with torch.no_grad():
+        for i in range(3):
+            for c in range(5):
+                step = torch.zeros(3, 5).double()
+                step[i, c] = 1e-5
+                slope = (frozen(f + step) - frozen(f - step)) / 2e-5
+                assert grad_f[i, c].item() == pytest.approx(slope, abs=1e-8)
+
+
+def test_kl_equals_torch_where_nothing_is_clamped():
+    z, f = randn(4, 6, seed=1), randn(4, 6, seed=2).requires_grad_()
+    expected = F.kl_div(f.log_softmax(-1), z.softmax(-1), reduction="batchmean")
+    ours = fedpurel.kl_loss(z, f)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, f)[0] for loss in (ours, expected)))
+
+
+@pytest.mark.parametrize("loss", [fedpurel.kl_loss, fedpurel.tkl_loss])
+def test_huge_logits_stay_finite(loss):
+    z = 1e4 * randn(4, 6, seed=1, dtype=torch.float32)
+    f = (1e4 * randn(4, 6, seed=2, dtype=torch.float32)).requires_grad_()
+    value = loss(z, f)
+    assert value.isfinite() and 0 < value.item() <= -math.log(1e-12) + 1e-3
+    assert torch.autograd.grad(value, f)[0].isfinite().all()
+
+
+def test_purification_by_hand():
+    align = torch.tensor([0.0, 2.0])
+    same = torch.tensor([3.0, .5])
+    assert fedpurel.purify_gradient(same, align).equal(same)
+    right_angle = torch.tensor([3.0, 0.0])
+    assert fedpurel.purify_gradient(right_angle, align).equal(right_angle)
+    against = torch.tensor([3.0, -4.0])
+    assert fedpurel.purify_gradient(against, align).tolist() == [3, 0]
+    assert fedpurel.purify_gradient(against, align, .5).tolist() == [3, -2]
+    assert fedpurel.purify_gradient(against, align, 0).equal(against)
+    in_space = fedpurel.purify_gradient(torch.tensor([1.0, 0, -3]), torch.tensor([1.0, 1, 1]))
+    torch.testing.assert_close(in_space, torch.tensor([1 + 2 / 3, 2 / 3, -3 + 2 / 3]))
+
+
+def test_purified_gradient_is_orthogonal_in_conflict():
+    align = randn(4, 5, seed=1)
+    task = randn(4, 5, seed=2) - align
+    assert (task * align).sum() < 0
+    for strength in (0, .5, 1):
+        purified = fedpurel.purify_gradient(task, align, strength)
+        expected = (1 - strength) * (task * align).sum()
+        torch.testing.assert_close((purified * align).sum(), expected, rtol=0, atol=1e-12)
+
+
+def test_no_alignment_gradient_changes_nothing():
+    task = randn(3, 2)
+    assert fedpurel.purify_gradient(task, torch.zeros(3, 2).double()).equal(task)
+    assert fedpurel.purify_gradient(torch.zeros(3, 2), torch.zeros(3, 2)).equal(torch.zeros(3, 2))
+    task, tiny = torch.tensor([1.0, -2]), torch.tensor([-1e-30, 0])  # its square underflows to 0
+    assert fedpurel.purify_gradient(task, tiny).equal(task)
+
+
+def test_purification_is_per_tensor():
+    """One tensor agrees, one conflicts: together they would be judged by the larger of the two."""
+    task, align = [torch.tensor([5.0, 1]), torch.tensor([-1.0, 2])], [torch.tensor([1.0, 0])] * 2
+    each = [fedpurel.purify_gradient(t, a) for t, a in zip(task, align, strict=True)]
+    assert each[0].tolist() == [5, 1] and each[1].tolist() == [0, 2]
+    joint = fedpurel.purify_gradient(torch.cat(task), torch.cat(align))
+    assert joint.equal(torch.cat(task))
+
+
+def test_a_small_purified_step_does_not_raise_the_alignment_loss():
+    z = 2 * randn(8, 6, seed=2) + torch.arange(6)  # the first classes are the unlikely ones
+    x = z + randn(8, 6, seed=1)
+    weight, bias = .3 * torch.eye(6).double(), torch.zeros(6).double()
+    f = x @ weight.requires_grad_() + bias.requires_grad_()
+    target = fedpurel.target_entropy(z, f).detach()
+    tau_z, tau_f = (fedpurel.alignment_temperature(a.detach(), target)[:, None] for a in (z, f))
+    task = torch.autograd.grad(F.cross_entropy(f, z.argmin(-1)), [weight, bias], retain_graph=True)
+    align = torch.autograd.grad(fedpurel.tkl_loss(z, f), [weight, bias])
+    assert all((t * a).sum() < 0 for t, a in zip(task, align, strict=True))
+
+    def rise(grads, lr=1e-7):
+        """Of the alignment loss, temperatures held, after a step along -grads."""
+        moved = x @ (weight - lr * grads[0]) + bias - lr * grads[1]
+        after, before = (fedpurel.kl_loss(z / tau_z, a / tau_f) for a in (moved, f))
+        return (after - before).item()
+
+    purified = [fedpurel.purify_gradient(t, a) for t, a in zip(task, align, strict=True)]
+    assert rise(task) > 1e-8
+    assert abs(rise(purified)) < 1e-3 * rise(task)
+
+
+def test_residual_loss_by_hand():
+    l_G, l_P = torch.tensor([[2.0, 0, -1]]), torch.tensor([[-1.0, 1, 0]])
+    labels = torch.tensor([1])
+    fused = math.log(math.exp(1) + math.exp(1) + math.exp(-1)) - 1
+    private = math.log(math.exp(-1) + math.exp(1) + math.exp(0)) - 1
+    for lam in (0, .9, 1):
+        value = fedpurel.residual_loss(l_G, l_P, labels, lam).item()
+        assert value == pytest.approx((1 - lam) * fused + lam * private, rel=1e-5)
+
+
+def test_residual_loss_trains_the_private_logits_only():
+    l_G, l_P = randn(4, 3, seed=1).requires_grad_(), randn(4, 3, seed=2).requires_grad_()
+    labels = torch.tensor([0, 2, 1, 1])
+    loss = fedpurel.residual_loss(l_G, l_P, labels, .7)
+    grad_g, grad_p = torch.autograd.grad(loss, [l_G, l_P], allow_unused=True)
+    hot = F.one_hot(labels, 3)
+    expected = (.3 * ((l_G + l_P).softmax(-1) - hot) + .7 * (l_P.softmax(-1) - hot)) / 4
+    assert grad_g is None
+    torch.testing.assert_close(grad_p, expected.detach())
+
+
+def test_fedavg_by_hand():
+    states = [{"a": torch.tensor([1.0, 2]), "b": torch.tensor(0.0)},
+              {"a": torch.tensor([5.0, -2]), "b": torch.tensor(4.0)}]
+    mean = fedpurel.fedavg(states, [3, 1])
+    assert mean["a"].tolist() == [2, 1] and mean["b"].item() == 1
+    scaled = fedpurel.fedavg(states, [300, 100])
+    assert all(scaled[n].equal(mean[n]) for n in mean)
+    assert fedpurel.fedavg(states, [0, 7])["a"].tolist() == [5, -2]
+
+
+def test_averaging_identical_clients_is_the_identity():
+    state = {"a": randn(3, 4), "b": randn(2)}
+    mean = fedpurel.fedavg([state] * 3, [10, 13, 3])
+    assert mean.keys() == state.keys()
+    for name in state:
+        torch.testing.assert_close(mean[name], state[name], rtol=1e-14, atol=0)
+
+
+# ================================================================================================
+# Models
+# ================================================================================================
+
+
+def tiny_clip(dtype=torch.float64, quick_gelu=False, vocabulary=60, **text_options):
+    """A random open_clip.CLIP with 77 tokens; every tensor moved, so that no bias is 0."""
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16},
+        text_cfg={"context_length": 77, "vocab_size": vocabulary, "width": 32, "heads": 2,
+                  "layers": 3, **text_options},
+        quick_gelu=quick_gelu)
+    with torch.no_grad():
+        for p in clip.parameters():
+            p.add_(.05 * torch.randn_like(p))
+    return clip.to(dtype).requires_grad_(False).eval()
+
+
+def tokens_of(names, n_ctx=4, vocabulary=60, length=77):
+    """(C, length) ids of "start X ... X name end 0 ... 0"; a name is a list of ids."""
+    rows = [[vocabulary - 2, *[1] * n_ctx, *name, vocabulary - 1] for name in names]
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+
+NAMES = [[7], [8, 9, 10], [11, 12], [13], [7, 9, 14, 15, 16]]
+
+
+def prompt_case(case, n_ctx, dtype):
+    """A CLIP and its prompt tokens: plain, with other layers, with CLIP's own tokens."""
+    if case == "tiny":
+        return tiny_clip(dtype), tokens_of(NAMES, n_ctx)
+    if case == "options":  # an nn.Linear projection with bias, layer scale
+        return tiny_clip(dtype, proj_bias=True, ls_init_value=.5), tokens_of(NAMES, n_ctx)
+    tokenizer = open_clip.get_tokenizer("ViT-B-16-quickgelu")
+    names = ["apple", "aquarium fish", "lawn mower", "sweet pepper", "chimpanzee"]
+    context = " ".join(["X"] * n_ctx)
+    clip = tiny_clip(dtype, quick_gelu=True, vocabulary=49408)
+    return clip, tokenizer([f"{context} {name}." for name in names])
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("n_ctx", [1, 4, 8])
+@pytest.mark.parametrize("case", ["tiny", "options", "real tokens"])
+def test_prompt_learner_equals_the_whole_text_tower(case, n_ctx, dtype, bound):
+    clip, tokens = prompt_case(case, n_ctx, dtype)
+    assert tokens.shape[1] == 77
+    fast = fedpurel.PromptLearner(clip, tokens, n_ctx).to(dtype)
+    slow = plain.PlainPrompt(clip, tokens, n_ctx)
+    with torch.no_grad():
+        slow.ctx.copy_(fast.ctx.normal_(std=.3, generator=generator(5)))
+    ours, theirs = fast(), slow()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+    direction = randn(*ours.shape, seed=6, dtype=dtype)
+    ours, theirs = (torch.autograd.grad((a * direction).sum(), m.ctx)[0]
+                    for a, m in ((ours, fast), (theirs, slow)))
+    assert theirs.abs().max() > .1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * theirs.abs().max().item())
+
+
+def test_plain_prompt_with_word_embeddings_is_encode_text():
+    """The oracle itself: with the embedding of X as context it is open_clip's own text tower."""
+    clip, tokens = tiny_clip(), tokens_of(NAMES)
+    prompt = plain.PlainPrompt(clip, tokens)
+    with torch.no_grad():
+        prompt.ctx.copy_(clip.token_embedding(torch.tensor([1] * 4)))
+        torch.testing.assert_close(prompt(), clip.encode_text(tokens), rtol=0, atol=1e-12)
+
+
+def attention(width=12, heads=3):
+    torch.manual_seed(1)
+    mha = nn.MultiheadAttention(width, heads, batch_first=True).double()
+    nn.init.normal_(mha.in_proj_bias)
+    nn.init.normal_(mha.out_proj.bias)
+    return mha.requires_grad_(False).eval()
+
+
+def self_attention(module, x):
+    return module(x, x, x, need_weights=False)[0]
+
+
+def test_new_lora_changes_nothing():
+    mha, x = attention(), randn(2, 5, 12)
+    lora = fedpurel.AttentionLoRA(mha, rank=4)
+    torch.testing.assert_close(self_attention(lora.train(), x), self_attention(mha, x))
+
+
+def test_lora_equals_attention_with_merged_weights():
+    mha, x = attention(), randn(2, 5, 12)
+    lora = fedpurel.AttentionLoRA(mha, rank=4, alpha=6).double().eval()
+    with torch.no_grad():
+        for i in range(3):
+            lora.up[i].copy_(randn(12, 4, seed=10 + i))
+    merged = copy.deepcopy(mha)
+    with torch.no_grad():
+        update = torch.cat([b @ a for a, b in zip(lora.down, lora.up, strict=True)])
+        merged.in_proj_weight += 6 / math.sqrt(4) * update
+    ours, theirs = self_attention(lora, x), self_attention(merged, x)
+    assert (theirs - self_attention(mha, x)).abs().max() > .1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_lora_drops_out_in_training_mode_only():
+    lora, x = fedpurel.AttentionLoRA(attention(), rank=4, dropout=.5).double(), randn(2, 5, 12)
+    with torch.no_grad():
+        for i in range(3):
+            lora.up[i].copy_(randn(12, 4, seed=10 + i))
+    torch.manual_seed(0)
+    lora.train()
+    assert not self_attention(lora, x).equal(self_attention(lora, x))
+    lora.eval()
+    assert self_attention(lora, x).equal(self_attention(lora, x))
+
+
+def test_adapter_by_hand():
+    adapter, x = fedpurel.FeatureAdapter(6).double(), randn(3, 6)
+    w1, b1, w2, b2 = (p.detach() for p in adapter.parameters())
+    scores = (x @ w1.T + b1).tanh() @ w2.T + b2
+    gate = torch.tensor([softmax_by_loop(row, 1) for row in scores.tolist()], dtype=torch.float64)
+    assert adapter(x).shape == (3, 6)
+    torch.testing.assert_close(adapter(x).detach(), x * gate)
+
+
+# ================================================================================================
+# A small federation
+# ================================================================================================
+
+
+def pixels_of(image):
+    """(3, H, W) float64 of a picture."""
+    return torch.from_numpy(np.array(image)).double().permute(2, 0, 1) / 64 - 2
+
+
+def random_pixels_of(image):
+    return pixels_of(image) + torch.randn(3, 1, 1).double()
+
+
+def make_world(kind, *options):
+    """A float64 Federation of 3 clients, 5 classes and 44 pictures of noise, and a FedPuReL state.
+
+    Batches of 4: the clients have 2 and 3 full batches, and one partial batch.
+    """
+    args = fedpurel.resolve(fedpurel.build_parser().parse_args(
+        ["--peft", kind, "--batch", "4", "--lr", ".2", "--private-lr", ".2", "--rounds", "1",
+         "--lora-dropout", "0", *options]))
+    clip = tiny_clip()
+    text = fedpurel.text_features(clip, tokens_of(NAMES, n_ctx=2))
+    student = fedpurel.TunedCLIP(
+        clip, kind, text, prompt_tokens=tokens_of(NAMES) if kind == "prompt" else None, n_ctx=4,
+        rank=4, alpha=args.lora_alpha, dropout=args.lora_dropout).double()
+    n_train, n = sum(CLIENT_SIZES), sum(CLIENT_SIZES) + sum(TEST_SIZES)
+    rng = np.random.default_rng(0)
+    pool = data.ImagePool(data.Images(rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)),
+                          pixels_of, random_pixels_of)
+    with torch.no_grad():
+        features = clip.encode_image(next(pool.batches([range(n)])))
+    labels = torch.from_numpy(rng.permutation(np.arange(n) % CLASSES))
+    order = torch.from_numpy(rng.permutation(n_train))
+    clients = list(zip(order.split(CLIENT_SIZES), torch.arange(n_train, n).split(TEST_SIZES),
+                       strict=True))
+    world = fedpurel.Federation(
+        clip=clip, student=student, pool=pool, features=features, text=text, labels=labels,
+        clients=clients, test=torch.arange(n_train, n),
+        groups=data.frequency_groups([9, 8, 7, 6, 5], "thirds"), args=args)
+    state = fedpurel.fresh_state(world, "fedpurel")
+    for i, key in enumerate(("global", "base")):  # moved: LoRA starts at exactly the teacher
+        state[key] = {n: t + .1 * randn(*t.shape, seed=20 + i) for n, t in state[key].items()}
+    return world, state
+
+
+def lora_blocks(world):
+    return [block.attn for block in world.student.visual.transformer.resblocks]
+
+
+def in_plain_order(world, params):
+    """The tensors of a fast parameter dict as plain.trainable lists them."""
+    missing = world.student.load_state_dict(params, strict=False)
+    assert not missing.unexpected_keys
+    if world.student.kind == "prompt":
+        tensors = [world.student.part.ctx]
+    elif world.student.kind == "adapter":
+        tensors = list(world.student.part.parameters())
+    else:
+        tensors = [t for attn in lora_blocks(world) for i in range(3)
+                   for t in (attn.down[i], attn.up[i])]
+    return [t.detach().clone() for t in tensors]
+
+
+def plain_model(world, params):
+    """The plain model with the parameters of a fast one."""
+    args, clip, text = world.args, world.clip, world.text
+    if args.peft == "prompt":
+        model = plain.PlainPromptModel(clip, tokens_of(NAMES))
+    elif args.peft == "adapter":
+        model = plain.PlainAdapterModel(clip, text)
+    else:
+        model = plain.PlainLoRAModel(clip, text, rank=4, alpha=args.lora_alpha, dropout=0)
+    tensors = in_plain_order(world, params)
+    with torch.no_grad():
+        for p, t in zip(plain.trainable(model), tensors, strict=True):
+            p.copy_(t)
+    return model
+
+
+def plain_batches(world, client, *purpose):
+    for _, indices, seeds in world.batches(client, *purpose):
+        yield next(world.pool.batches([indices], seeds and [seeds])), world.labels[indices]
+
+
+def purify_stacked(task, align, strength=1.0):
+    """plain.purify_each where one tensor holds the three `down` of a block, one the three `up`."""
+    task = list(task)
+    for first in range(0, len(task), 6):
+        for start in (first, first + 1):
+            parts = slice(start, start + 5, 2)
+            stacks = [torch.stack(tuple(grads[parts])) for grads in (task, align)]
+            task[parts] = plain.purify_each(stacks[:1], stacks[1:], strength)[0]
+    return task
+
+
+def plain_stage_1(world, start, client, round_=0):
+    args, model = world.args, plain_model(world, start)
+    teacher = plain.PlainTeacher(world.clip, world.text)
+    optimizer = torch.optim.SGD(plain.trainable(model), args.lr, args.momentum,
+                                weight_decay=args.weight_decay)
+    stacked = args.peft == "lora" and isinstance(lora_blocks(world)[0].down, torch.Tensor)
+    for pixels, labels in plain_batches(world, client, "shared", round_):
+        plain.shared_step(model, teacher, pixels, labels, optimizer, args.strength,
+                          purify_stacked if stacked else plain.purify_each)
+    return model
+
+
+def plain_stage_2(world, start, global_model, client, round_=0):
+    model = plain_model(world, start)
+    optimizer = torch.optim.SGD(plain.trainable(model), world.args.private_lr)
+    for pixels, labels in plain_batches(world, client, "private", round_):
+        plain.private_step(model, global_model, pixels, labels, optimizer, world.args.lam)
+    return model
+
+
+def assert_equal_parameters(world, params, model, bound=1e-10):
+    for ours, theirs in zip(in_plain_order(world, params), plain.trainable(model), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=bound)
+
+
+def moved(before, after):
+    return max((after[n] - before[n]).abs().max().item() for n in before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_small_part_is_trainable(kind):
+    clip = tiny_clip().requires_grad_(True).train()
+    student = fedpurel.TunedCLIP(clip, kind, randn(CLASSES, 16), tokens_of(NAMES), rank=4)
+    names = [n for n, p in student.named_parameters() if p.requires_grad]
+    count = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    if kind == "prompt":
+        assert names == ["part.ctx"] and count == 4 * 32
+    elif kind == "adapter":
+        assert all(n.startswith("part.gate.") for n in names) and count == 2 * (16 * 16 + 16)
+    else:
+        assert all(".attn.down" in n or ".attn.up" in n for n in names)
+        assert count == 2 * 3 * 2 * 4 * 32  # blocks, q k v, down and up, rank, width
+    assert not any(module.training for module in student.modules())
+    assert set(student.draw()) == set(names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draw_is_random_and_starts_lora_at_the_frozen_model(kind):
+    world, _ = make_world(kind)
+    first, second = world.student.draw(), world.student.draw()
+    pixels = next(world.pool.batches([world.test]))
+    inputs = pixels if kind == "lora" else world.features[world.test]
+    logits = [torch.func.functional_call(world.student, draw, (inputs,)) for draw in (first, second)]
+    zero_shot = world.zero_shot_logits(world.features[world.test])
+    assert moved(first, second) > 1e-3
+    assert torch.allclose(*logits) == torch.allclose(logits[0], zero_shot) == (kind == "lora")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_leaves_the_frozen_weights_alone(kind):
+    world, _ = make_world(kind)
+    student = world.student
+    trainable = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    before, clip_before = (copy.deepcopy(m.state_dict()) for m in (student, world.clip))
+    optimizer = torch.optim.SGD(trainable.values(), .5, weight_decay=.1)
+    inputs, _ = world.read(torch.arange(8))
+    F.cross_entropy(student(inputs), world.labels[:8]).backward()
+    optimizer.step()
+    changed = {n for n, t in student.state_dict().items() if not t.equal(before[n])}
+    assert changed == set(trainable)
+    assert all(t.equal(clip_before[n]) for n, t in world.clip.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_stages_change_only_what_they_return(kind):
+    world, state = make_world(kind)
+    before, start = copy.deepcopy(world.student.state_dict()), copy.deepcopy(state)
+    shared, _ = fedpurel.tune_shared(world, state["global"], 0, "fedpurel", 0)
+    private = fedpurel.tune_private(world, state["base"], shared, 0, 0)
+    assert moved(state["global"], shared) > 1e-3 and moved(state["base"], private) > 1e-3
+    assert all(t.equal(before[n]) for n, t in world.student.state_dict().items())
+    assert moved(start["global"], state["global"]) == moved(start["base"], state["base"]) == 0
+
+
+def test_lora_leaves_the_original_tower_alone():
+    clip, pixels = tiny_clip(), randn(2, 3, 16, 16)
+    before = clip.encode_image(pixels)
+    student = fedpurel.TunedCLIP(clip, "lora", torch.eye(16).double()).double()
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.requires_grad:
+                p.add_(1)
+    assert all(type(b.attn) is nn.MultiheadAttention for b in clip.visual.transformer.resblocks)
+    assert clip.encode_image(pixels).equal(before)
+    assert not torch.allclose(student.visual(pixels), before)
+
+
+# ================================================================================================
+# Fast against plain
+# ================================================================================================
+
+
+@pytest.mark.parametrize("client", [1, 2])
+@pytest.mark.parametrize("options", [[], ["--augment"]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_1_equals_the_plain_arrangement(kind, options, client):
+    world, state = make_world(kind, *options)
+    fast, _ = fedpurel.tune_shared(world, state["global"], client, "fedpurel", 0)
+    assert_equal_parameters(world, fast, plain_stage_1(world, state["global"], client))
+    assert moved(state["global"], fast) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compared_steps_meet_conflicts(kind):
+    world, state = make_world(kind)
+    purified, _ = fedpurel.tune_shared(world, state["global"], 1, "fedpurel", 0)
+    world.args.strength = 0.0
+    raw, _ = fedpurel.tune_shared(world, state["global"], 1, "fedpurel", 0)
+    assert moved(purified, raw) > 1e-4
+
+
+@pytest.mark.parametrize("options", [[], ["--augment"], ["--lam", "0.2"]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_2_equals_the_plain_arrangement(kind, options):
+    world, state = make_world(kind, *options)
+    fast = fedpurel.tune_private(world, state["base"], state["global"], 1, 0)
+    slow = plain_stage_2(world, state["base"], plain_model(world, state["global"]), 1)
+    assert_equal_parameters(world, fast, slow)
+    assert moved(state["base"], fast) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_and_its_evaluation_equal_the_plain_arrangement(kind):
+    world, start = make_world(kind)
+    run = SimpleNamespace(share=list, gather=lambda part: part, log=lambda **row: None,
+                          progress=lambda items, *_, **__: items)
+    state = dict(start)
+    history = fedpurel.train_method(world, run, "fedpurel", state, lambda state: None)
+
+    models = [plain_stage_1(world, start["global"], k) for k in range(3)]
+    weights = torch.tensor(CLIENT_SIZES).double() / sum(CLIENT_SIZES)
+    mean = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for p, *own in zip(*map(plain.trainable, [mean, *models]), strict=True):
+            p.copy_(sum(w * q for w, q in zip(weights, own, strict=True)))
+    assert_equal_parameters(world, state["global"], mean)
+    private = [plain_stage_2(world, start["base"], mean, k) for k in range(3)]
+    for k in range(3):
+        assert_equal_parameters(world, state["private"][k], private[k], 1e-9)
+
+    pixels = next(world.pool.batches([world.test]))
+    guess = plain.predict_global(mean, pixels, batch=5)
+    global_logits = world.logits(state["global"], world.test)
+    assert global_logits.argmax(-1).equal(guess)
+    truth = world.labels[world.test]
+    assert history[-1]["gm"]["all"] == pytest.approx(100 * (guess == truth).double().mean().item())
+    hits = []
+    for k, (_, test) in enumerate(world.clients):
+        mine = plain.predict_personal(private[k], mean, next(world.pool.batches([test])), batch=5)
+        assert fedpurel.predict_personal(world, "fedpurel", state, k, global_logits).equal(mine)
+        hits.append(100 * (mine == world.labels[test]).double().mean().item())
+    assert history[-1]["pm"]["all"] == pytest.approx(sum(hits) / 3)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "logit-adjust"])
+def test_the_other_methods_of_stage_1_by_hand(method):
+    world, state = make_world("prompt", "--prox-mu", "0.5", "--logit-tau", "2")
+    fast, _ = fedpurel.tune_shared(world, state["global"], 1, method, 0)
+    args, model = world.args, plain_model(world, state["global"])
+    optimizer = torch.optim.SGD(plain.trainable(model), args.lr, args.momentum,
+                                weight_decay=args.weight_decay)
+    start, counts = model.prompt.ctx.detach().clone(), torch.zeros(CLASSES).double()
+    for train, _ in world.clients:
+        for label in world.labels[train]:
+            counts[label] += 1
+    for pixels, labels in plain_batches(world, 1, "shared", 0):
+        logits = model(pixels)
+        if method == "logit-adjust":
+            logits = logits + 2 * torch.log((counts + 1) / (counts + 1).sum())
+        loss = F.cross_entropy(logits, labels)
+        if method == "fedprox":
+            loss = loss + .5 / 2 * (model.prompt.ctx - start).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    bound = 1e-5 if method == "logit-adjust" else 1e-10  # its class prior is float32
+    assert_equal_parameters(world, fast, model, bound)
+
+
+# ================================================================================================
+# Portability and the benchmark
+# ================================================================================================
+
+
+def method_section(path):
+    """The source between the banner "# Model" (or "# Method") and "# Train and evaluate"."""
+    lines = Path(path).read_text().splitlines(keepends=True)
+    banners = [i for i, line in enumerate(lines) if line.startswith("# ====")]
+    titles = {lines[i + 1][2:].strip(): i for i in banners[::2]}
+    first = next(i for title, i in titles.items() if title.startswith(("Model", "Method")))
+    last = next(i for title, i in titles.items() if title.startswith("Train and evaluate"))
+    assert first < last
+    return "".join(lines[first:last])
+
+
+def foreign_names(source, allowed):
+    """Global names that a section reads though it neither defines them nor may rely on them."""
+    def read_by(code):
+        names = {i.argval for i in dis.get_instructions(code)
+                 if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        return names.union(*(read_by(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
+    defined = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Assign):
+            defined |= {n.id for target in node.targets for n in ast.walk(target)
+                        if isinstance(n, ast.Name)}
+    defined |= {"__name__", "__module__", "__qualname__"}  # every class body reads or sets these
+    read = read_by(compile(source, "section", "exec"))
+    return read - defined - set(dir(builtins)) - allowed
+
+
+def test_foreign_names_are_found():
+    source = ("K = 2\ndef f(x):\n    return [torch.exp(x) + common.y + K for _ in range(2)]\n"
+              "class A:\n    def g(self, args):\n        return f(args.z) + LIMIT\n")
+    assert foreign_names(source, {"torch"}) == {"common", "LIMIT"}
+    assert foreign_names("def f():\n    import data\n    return data", set()) == set()
+
+
+def test_the_method_can_be_pasted_into_other_code():
+    source = method_section(ROOT / "fedpurel.py")
+    allowed = {"torch": torch, "nn": nn, "F": F, "math": math, "copy": copy}
+    assert foreign_names(source, set(allowed)) == set()
+    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert imports == []
+    pasted = dict(allowed)
+    exec(compile(source, "pasted", "exec"), pasted)
+    z, f = randn(3, 4, seed=1), randn(3, 4, seed=2)
+    assert pasted["tkl_loss"](z, f).equal(fedpurel.tkl_loss(z, f))
+    assert pasted["purify_gradient"](f, -f).abs().max() < 1e-15
+    assert pasted["fedavg"]([{"a": z}, {"a": f}], [1, 1])["a"].equal((z + f) / 2)
+    clip, tokens = tiny_clip(), tokens_of(NAMES)
+    logits = pasted["TunedCLIP"](clip, "prompt", z, tokens).double()(randn(2, 16))
+    assert logits.shape == (2, CLASSES) and logits.isfinite().all()
+
+
+def test_the_benchmark_runs():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/fedpurel_round.py", "--quick"], cwd=ROOT, capture_output=True,
+        text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("RESULT ")
+    ratios = {k: float(v) for k, v in (pair.split("=") for pair in last.split()[1:])}
+    assert {"prompt_ratio", "augmented_ratio", "lora_ratio"} <= set(ratios)
+    assert all(v > 0 for v in ratios.values())
