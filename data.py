@@ -533,12 +533,12 @@ TEXTURES = ["plain", "horizontal", "vertical", "diagonal", "checked", "dotted", 
 SHAPE_TEMPLATE = "a photo of a {} tile."
 
 
-def render_tile(colour, texture, rng, noise=0.0, contrast=1.0, clutter=0, size=32):
+def render_tile(colour, texture, rng, noise=0.0, contrast=1.0, tint=(0, 0, 0), shade=.25,
+                size=32):
     """A coloured texture with random phase, period and lightness: (size, size, 3) uint8.
 
-    noise: standard deviation of pixel noise (of 1); contrast: factor about mid-grey; clutter:
-    number of random patches that cover parts of it. These three are the shift between the two
-    worlds.
+    noise: standard deviation of pixel noise (of 1); contrast: factor about mid-grey; tint: added to
+    the colour; shade: brightness of the dark parts. These make the shift between the two worlds.
     """
     y, x = np.mgrid[0:size, 0:size] + rng.uniform(0, 8, (2, 1, 1))
     period = rng.uniform(5, 8)
@@ -558,39 +558,44 @@ def render_tile(colour, texture, rng, noise=0.0, contrast=1.0, clutter=0, size=3
         ink = np.kron(rng.random((size // 2, size // 2)) < .5, np.ones((2, 2)))
     else:
         ink = (np.clip(2 * wave[texture], -1, 1) + 1) / 2
-    light = np.array(COLOURS[colour]) / 255 + rng.normal(0, .03, 3)
-    image = ink[..., None] * light + (1 - ink[..., None]) * light * .25
-    for _ in range(clutter):
-        h, w = rng.integers(size // 5, size // 3, 2)
-        top, left = rng.integers(0, size - h), rng.integers(0, size - w)
-        image[top:top + h, left:left + w] = rng.random(3)
+    light = np.array(COLOURS[colour]) / 255 + rng.normal(0, .03, 3) + tint
+    image = ink[..., None] * light + (1 - ink[..., None]) * light * shade
     image = .5 + contrast * (image - .5) + rng.normal(0, noise, image.shape)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-CLEAN = {}
 MILD = {"noise": .08, "contrast": .9}
-SHIFTED = {"noise": .16, "contrast": .8, "clutter": 2}
+SHIFTED = {"noise": .1, "contrast": .9}
+TINT = .13  # standard deviation of a class's own colour offset downstream (of 1)
 
 
-def render_tiles(per_class, rng, **look):
-    """per_class[c] images of each of 100 classes -> (N, 32, 32, 3) uint8, (N,) int64 labels."""
+def render_tiles(per_class, rng, tints=None, shades=None, **look):
+    """per_class[c] images of each of 100 classes -> (N, 32, 32, 3) uint8, (N,) int64 labels.
+
+    tints (100, 3) and shades (100,): what is peculiar to a class, see render_tile.
+    """
     pairs = [(c, t) for c in COLOURS for t in TEXTURES]
     labels = np.repeat(np.arange(len(pairs)), per_class)
-    return np.stack([render_tile(*pairs[i], rng, **look) for i in labels]), labels.astype(np.int64)
+    own = {} if tints is None else {"tint": tints, "shade": shades}
+    tiles = [render_tile(*pairs[c], rng, **look, **{k: v[c] for k, v in own.items()}) for c in labels]
+    return np.stack(tiles), labels.astype(np.int64)
 
 
 def shapes(seed, n_max=200, imbalance=100, n_test=20):
     """The small world: a long-tailed training part and a balanced test part of *shifted* tiles.
 
     Which class is frequent is drawn from the seed. The tiny CLIP that goes with it (tiny_backbone)
-    has seen clean and mildly noisy tiles only, in equal numbers: balanced, and beatable.
+    has seen clean and mildly noisy tiles only, in equal numbers: it is balanced, and beatable. The
+    shift is mostly each class's own (a tint, the brightness of the dark parts): a shift that all
+    classes share (noise, clutter) is learned on the frequent classes for the rare ones too, and
+    then tuning erodes nothing.
     """
     rng = numpy_generator(seed, "shapes", "downstream")
     classes = len(COLOURS) * len(TEXTURES)
     counts = np.array(long_tail_counts(n_max, classes, imbalance))[rng.permutation(classes)]
-    train, labels = render_tiles(counts, rng, **SHIFTED)
-    test, test_labels = render_tiles([n_test] * classes, rng, **SHIFTED)
+    own = {"tints": rng.normal(0, TINT, (classes, 3)), "shades": rng.uniform(.05, .55, classes)}
+    train, labels = render_tiles(counts, rng, **own, **SHIFTED)
+    test, test_labels = render_tiles([n_test] * classes, rng, **own, **SHIFTED)
     names = [f"{c} {t}" for c in COLOURS for t in TEXTURES]
     return ImageSet("shapes", names, SHAPE_TEMPLATE, Images(train), labels, Images(test),
                     test_labels, long_tailed=True)
@@ -599,7 +604,7 @@ def shapes(seed, n_max=200, imbalance=100, n_test=20):
 def shapes_pretraining(seed, per_class=60):
     """Balanced tiles for the tiny CLIP: half clean, half mildly noisy."""
     rng = numpy_generator(seed, "shapes", "pretraining")
-    clean, labels = render_tiles([per_class // 2] * 100, rng, **CLEAN)
+    clean, labels = render_tiles([per_class // 2] * 100, rng)
     mild, _ = render_tiles([per_class // 2] * 100, rng, **MILD)
     return Images(np.concatenate([clean, mild])), np.concatenate([labels, labels])
 
@@ -702,18 +707,15 @@ def encode_once(clip, pool, device, cache_dir, progress=lambda items, *_, **__: 
 class WordTokenizer:
     """One token per word; the vocabulary is every word of `texts`. Called like open_clip's.
 
-    0 pads; 1 to UNKNOWN are words it does not know, in turn (the "X X X X" of a prompt to learn);
-    then the words, then start and end of text: the end has the largest id, where open_clip's text
-    tower reads its output.
+    0 pads, 1 is an unknown word, then come the words, then start and end of text: the end has the
+    largest id, where open_clip's text tower reads its output.
     """
-
-    UNKNOWN = 4
 
     def __init__(self, texts, context_length):
         self.context_length = context_length
-        words = sorted({w for text in texts for w in self.words(text)} - {"x"})
-        self.ids = {w: i for i, w in enumerate(words, 1 + self.UNKNOWN)}
-        self.start, self.end = len(words) + 1 + self.UNKNOWN, len(words) + 2 + self.UNKNOWN
+        words = sorted({w for text in texts for w in self.words(text)})
+        self.ids = {w: i for i, w in enumerate(words, 2)}
+        self.start, self.end = len(words) + 2, len(words) + 3
         self.vocab_size = self.end + 1
 
     @staticmethod
@@ -725,8 +727,7 @@ class WordTokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         out = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(out, texts, strict=True):
-            ids = [self.ids.get(w, 1 + i % self.UNKNOWN) for i, w in enumerate(self.words(text))]
-            ids = [self.start, *ids, self.end]
+            ids = [self.start, *(self.ids.get(w, 1) for w in self.words(text)), self.end]
             if len(ids) > self.context_length:
                 raise UserError(f"the text {text!r} is longer than the tiny model's "
                                 f"{self.context_length} tokens")
@@ -750,7 +751,6 @@ class TinyConfig:
     std: tuple = field(default=(.25, .25, .25))
 
 
-CAPTIONS = ["X X X X {}."]
 PHOTO_TINY = TinyConfig(epochs=16, batch=100, lr=2e-3, augment=True)
 
 
@@ -758,14 +758,12 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
                   progress=lambda items, *_, **__: items):
     """A small open_clip.CLIP trained contrastively on captioned images; cached by what made it.
 
-    images, labels: an Images sequence and its (N,) labels; template: caption with {}, which is used
-    beside CAPTIONS, so that the text tower knows class names in more than one place of a sentence;
+    images, labels: an Images sequence and its (N,) labels; template: caption with {};
     progress(iterable, what): a progress bar.
     """
-    captions = [[t.format(name) for name in class_names] for t in (template, *CAPTIONS)]
-    longest = max(len(WordTokenizer.words(c)) for row in captions for c in row)
-    # 8 more tokens leave room for a learned context
-    tokenizer = WordTokenizer([c for row in captions for c in row], longest + 8)
+    captions = [template.format(name) for name in class_names]
+    longest = max(len(WordTokenizer.words(c)) for c in captions)
+    tokenizer = WordTokenizer(captions, longest + 8)  # 8 more leave room for a learned context
     seed_torch(seed, "tiny-clip", "init")
     clip = open_clip.CLIP(
         embed_dim=config.width,
@@ -781,8 +779,7 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
                     inspect.getsource(WordTokenizer))
 
     def make():
-        tokens = torch.stack([tokenizer(row) for row in captions])  # (templates, C, L)
-        _pretrain(clip, pixels, torch.as_tensor(labels), tokens, config, seed, progress)
+        _pretrain(clip, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed, progress)
         return clip.state_dict()
 
     path = Path(cache_dir) / f"tiny-clip-{key}.pt"
@@ -795,17 +792,13 @@ def _pretrain(model, pixels, labels, tokens, config, seed, progress):
     """Symmetric CLIP loss (Radford et al. 2021) over (image, caption of its class) pairs.
 
     Images of one class share their caption, so a row may have several right answers: the targets
-    are spread over them evenly. pixels (N, 3, H, W), labels (N,), tokens (templates, C, L): each
-    step takes one template. The embeddings of unknown words are drawn anew each step, N(0, 0.02²):
-    the text tower learns to read a class name whatever stands around it, as a large CLIP does from
-    its captions.
+    are spread over them evenly. pixels (N, 3, H, W), labels (N,), tokens (C, L).
     """
     config = replace(config, batch=min(config.batch, len(pixels)))
     steps = config.epochs * (len(pixels) // config.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
     rng = numpy_generator(seed, "tiny-clip", "batches")
-    seed_torch(seed, "tiny-clip", "unknown words")
     model.train()
     for step in progress(range(steps), "pre-training a tiny CLIP"):
         if step % (len(pixels) // config.batch) == 0:
@@ -821,10 +814,7 @@ def _pretrain(model, pixels, labels, tokens, config, seed, progress):
         y = labels[here]
         classes, column = y.unique(return_inverse=True)  # every caption once
         image = F.normalize(model.encode_image(batch), dim=-1)
-        template = tokens[rng.integers(len(tokens))]
-        with torch.no_grad():
-            model.token_embedding.weight[1:1 + WordTokenizer.UNKNOWN].normal_(std=.02)
-        text = F.normalize(model.encode_text(template[classes]), dim=-1)
+        text = F.normalize(model.encode_text(tokens[classes]), dim=-1)
         logits = model.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, distinct classes)
         same = F.one_hot(column, len(classes)).T.float()  # (distinct classes, B)
         loss = (F.cross_entropy(logits, column)

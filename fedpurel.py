@@ -101,13 +101,11 @@ LABELS = {
 }
 
 # Defaults that depend on the data. The paper's are in the parser; a small world has its own.
-SMALL = {"model": "tiny", "rounds": 25, "lr": .1, "private_lr": .1, "threads": 1}
-PRESETS = {
-    "shapes-lt": {**SMALL, "method": "zeroshot,fedavg,fedpurel", "beta": .1, "groups": "40,8"},
-    "tiny": {**SMALL, "method": "zeroshot,fedavg,fedpurel", "beta": .3},
-    "paper": {"model": "ViT-B-16-quickgelu:openai", "method": "fedpurel", "rounds": 100, "lr": 1e-3,
-              "private_lr": 1e-3, "beta": 1.0},
-}
+PAPER = {"model": "ViT-B-16-quickgelu:openai", "method": "fedpurel", "rounds": 100, "lr": 1e-3,
+         "private_lr": 1e-3, "beta": 1.0}
+SMALL = {"model": "tiny", "method": "zeroshot,fedavg,fedpurel", "rounds": 20, "beta": .3,
+         "threads": 1}
+SMALL_LR = {"prompt": (.1, .1), "lora": (.01, .03), "adapter": (.1, .1)}  # stage 1, stage 2
 
 # ================================================================================================
 # Model: CLIP with one small trainable part
@@ -702,7 +700,7 @@ def build_parser():
     g.add_argument(
         "--beta", type=number(float, above=0), default=None,
         help="Dirichlet concentration over clients, smaller = more skewed (paper 0.1-5, default 1; "
-        "small world 0.1)")
+        "small worlds 0.3)")
     g.add_argument("--augment", action="store_true",
                    help="random resized crop and flip (then each step needs an image pass)")
     g.add_argument(
@@ -742,16 +740,16 @@ def build_parser():
     g.add_argument("--lam", type=number(float, low=0, high=1), default=None,
                    help="λ of E7 (paper 0.9, official code 0.99)")
     g.add_argument("--rounds", type=number(int, low=1), default=None,
-                   help="paper 100; small world 25")
+                   help="paper 100; small worlds 20")
     g.add_argument("--frac", type=number(float, above=0, high=1), default=.4,
                    help="share of clients in a round (paper %(default)s)")
     g.add_argument("--local-epochs", type=number(int, low=1), default=1,
                    help="per round and stage (paper 1)")
     g.add_argument("--batch", type=number(int, low=1), default=32, help="paper %(default)s")
     g.add_argument("--lr", type=number(float, above=0), default=None,
-                   help="stage 1 (paper 1e-3; small world 0.1)")
+                   help="stage 1 (paper 1e-3; small worlds 0.1, LoRA 0.01)")
     g.add_argument("--private-lr", type=number(float, above=0), default=None,
-                   help="stage 2 (paper 1e-3; small world 0.1)")
+                   help="stage 2 (paper 1e-3; small worlds 0.1, LoRA 0.03)")
     g.add_argument("--momentum", type=number(float, low=0, high=.999), default=.9,
                    help="stage 1 (paper %(default)s)")
     g.add_argument("--weight-decay", type=number(float, low=0), default=5e-4,
@@ -769,9 +767,13 @@ def resolve(args):
     """Fill in defaults that depend on data set and model; refuse what does not go together."""
     if args.model is None and args.dataset == "shapes-lt":
         args.model = "tiny"
-    preset = "tiny" if args.model == "tiny" else "paper"
-    preset = "shapes-lt" if args.dataset == "shapes-lt" else preset
-    for key, value in PRESETS[preset].items():
+    preset = dict(PAPER)
+    if args.model == "tiny":
+        lr, private_lr = SMALL_LR[args.peft]
+        preset = {**SMALL, "lr": lr, "private_lr": private_lr}
+        if args.dataset == "shapes-lt":
+            preset["groups"] = "40,8"
+    for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.lam is None:

@@ -22,10 +22,12 @@ Cost model: an average CIFAR-100-LT round at K = 20
     counted as benchmarks/fedpurel_plain.py makes them: the models with a learned prompt encode all
     class texts again in every forward, in evaluation in batches of 100 images. A pass over n images
     counts as n times the time per image, measured on --images of them; likewise plain text passes,
-    on --texts (a line compares a whole plain step with the sum of its parts). Not counted: TKL,
-    purification and SGD of the plain arrangement (they are in the fast times), reading un-augmented
-    pixels (either side), and what is done once in a run: fedpurel.py encodes all images, which
-    prompt_ratio_with_encoding spreads over 100 rounds.
+    on --texts. Small passes are the cheaper ones per image and text on a CPU, on either side; one
+    line compares a whole plain step with the sum of its parts. Two plain LoRA layers are timed:
+    lora_ratio is against the low-rank one, lora_product_ratio against the one that multiplies by
+    the (D, D) product B A. Not counted: TKL, purification and SGD of the plain arrangement (they are
+    in the fast times), reading un-augmented pixels (either side), and what is done once in a run:
+    fedpurel.py encodes all images, which prompt_ratio_with_encoding spreads over 100 rounds.
 """
 import argparse
 import contextlib

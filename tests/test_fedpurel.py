@@ -546,7 +546,8 @@ def test_a_draw_is_random_and_starts_lora_at_the_frozen_model(kind):
     first, second = world.student.draw(), world.student.draw()
     pixels = next(world.pool.batches([world.test]))
     inputs = pixels if kind == "lora" else world.features[world.test]
-    logits = [torch.func.functional_call(world.student, draw, (inputs,)) for draw in (first, second)]
+    logits = [torch.func.functional_call(world.student, draw, (inputs,))
+              for draw in (first, second)]
     zero_shot = world.zero_shot_logits(world.features[world.test])
     assert moved(first, second) > 1e-3
     assert torch.allclose(*logits) == torch.allclose(logits[0], zero_shot) == (kind == "lora")
