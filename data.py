@@ -577,7 +577,10 @@ def render_tiles(per_class, rng, tints=None, shades=None, **look):
     pairs = [(c, t) for c in COLOURS for t in TEXTURES]
     labels = np.repeat(np.arange(len(pairs)), per_class)
     own = {} if tints is None else {"tint": tints, "shade": shades}
-    tiles = [render_tile(*pairs[c], rng, **look, **{k: v[c] for k, v in own.items()}) for c in labels]
+    tiles = []
+    for c in labels:
+        peculiar = {name: values[c] for name, values in own.items()}
+        tiles.append(render_tile(*pairs[c], rng, **look, **peculiar))
     return np.stack(tiles), labels.astype(np.int64)
 
 
@@ -696,7 +699,7 @@ def encode_once(clip, pool, device, cache_dir, progress=lambda items, *_, **__: 
 
     @torch.no_grad()
     def encode():
-        chunks = [range(i, min(i + 128, len(pool))) for i in range(0, len(pool), 128)]
+        chunks = [range(i, min(i + 64, len(pool))) for i in range(0, len(pool), 64)]
         batches = progress(pool.batches(chunks), "encoding images once", total=len(chunks))
         return torch.cat([clip.encode_image(batch.to(device)).cpu() for batch in batches])
 
@@ -779,7 +782,8 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
                     inspect.getsource(WordTokenizer))
 
     def make():
-        _pretrain(clip, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed, progress)
+        _pretrain(clip, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed,
+                  progress)
         return clip.state_dict()
 
     path = Path(cache_dir) / f"tiny-clip-{key}.pt"

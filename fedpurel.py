@@ -140,7 +140,7 @@ class PromptLearner(nn.Module):
         self.register_buffer("mask", causal.bool())  # (S, P + S)
         self.blocks, self.ln_final = clip.transformer.resblocks, clip.ln_final
         self.projection = clip.text_projection
-        self.ctx = nn.Parameter(torch.empty(n_ctx, words.shape[-1], device=words.device))
+        self.ctx = nn.Parameter(words.new_empty(n_ctx, words.shape[-1]))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -177,11 +177,11 @@ class PromptLearner(nn.Module):
 
 
 class AttentionLoRA(nn.Module):
-    """A frozen self-attention whose query, key and value projections each get a rank-r update.
+    """A frozen attention whose query, key and value projections each get a rank-r update.
 
     W_j x + b_j + (α / √r) B_j A_j dropout(x) for j in q, k, v: rsLoRA scaling, A_j drawn by
-    Kaiming(√5), B_j zero. Takes the place of a batch-first nn.MultiheadAttention in self-attention:
-    forward(x, ...) -> (attended (B, N, D), None).
+    Kaiming(√5), B_j zero. Takes the place of a batch-first nn.MultiheadAttention:
+    forward(query (B, N, D), key, value (B, M, D)) -> (attended (B, N, D), None).
 
     DEVIATION 6: peft's own layer for nn.MultiheadAttention puts one update on the packed (3D, D)
     weight, so q, k and v share A; it adds the (3D, D) product to the weight on every call, refuses
@@ -191,35 +191,35 @@ class AttentionLoRA(nn.Module):
     def __init__(self, attention, rank=8, alpha=16, dropout=.25):
         super().__init__()
         self.attention, self.scale, self.dropout = attention, alpha / math.sqrt(rank), dropout
-        width = attention.embed_dim
-        like = {"device": attention.in_proj_weight.device, "dtype": attention.in_proj_weight.dtype}
-        self.down = nn.Parameter(torch.empty(3, rank, width, **like))  # A_q, A_k, A_v
-        self.up = nn.Parameter(torch.empty(3, width, rank, **like))  # B_q, B_k, B_v
+        like, width = attention.in_proj_weight, attention.embed_dim
+        self.down = nn.ParameterList(like.new_empty(rank, width) for _ in range(3))  # A_q, A_k, A_v
+        self.up = nn.ParameterList(like.new_empty(width, rank) for _ in range(3))  # B_q, B_k, B_v
         self.reset_parameters()
 
     def reset_parameters(self):
-        for a in self.down:
+        for a, b in zip(self.down, self.up, strict=True):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        nn.init.zeros_(self.up)
+            nn.init.zeros_(b)
 
-    def forward(self, x, *_, attn_mask=None, **__):
+    def forward(self, query, key=None, value=None, attn_mask=None, **_):
         own = self.attention
-        qkv = F.linear(x, own.in_proj_weight, own.in_proj_bias)  # (B, N, 3D)
-        update = [F.dropout(x, self.dropout, self.training) @ a.T @ b.T
-                  for a, b in zip(self.down, self.up, strict=True)]
-        qkv = qkv + self.scale * torch.cat(update, -1)
-        qkv = qkv.unflatten(-1, (3, own.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # (B, heads, N, D / heads) each
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        inputs = (query, query if key is None else key, query if value is None else value)
+        weights, biases = own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3)
+        heads = []
+        for x, w, bias, a, b in zip(inputs, weights, biases, self.down, self.up, strict=True):
+            update = F.dropout(x, self.dropout, self.training) @ a.T @ b.T
+            y = F.linear(x, w, bias) + self.scale * update  # (B, N, D)
+            heads.append(y.unflatten(-1, (own.num_heads, -1)).transpose(1, 2))  # (B, heads, N, d)
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
         return own.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
 class FeatureAdapter(nn.Module):
     """Attention over the channels of an image feature: x (B, E) -> x · softmax(W2 tanh(W1 x))."""
 
-    def __init__(self, width):
+    def __init__(self, width, dtype=None):
         super().__init__()
-        first, second = nn.Linear(width, width), nn.Linear(width, width)
+        first, second = (nn.Linear(width, width, dtype=dtype) for _ in range(2))
         self.gate = nn.Sequential(first, nn.Tanh(), second, nn.Softmax(-1))
 
     def reset_parameters(self):
@@ -228,6 +228,26 @@ class FeatureAdapter(nn.Module):
 
     def forward(self, x):
         return x * self.gate(x)
+
+
+def class_token_features(visual, pixels):
+    """Image features (B, E) of open_clip's VisionTransformer: visual(pixels), for less.
+
+    Only the class token of the last block is read, so only its query, projection and MLP are done
+    there; keys and values come from all tokens. Towers that pool otherwise run as they are.
+    """
+    if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
+        return visual(pixels)
+    if visual.final_ln_after_pool or visual.proj is None:
+        return visual(pixels)
+    x = visual._embeds(pixels)  # (B, N, D)
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        x = block(x)
+    seen, x = last.ln_1(x), x[:, :1]  # (B, N, D), (B, 1, D)
+    x = x + last.ls_1(last.attn(seen[:, :1], seen, seen, need_weights=False)[0])
+    x = x + last.ls_2(last.mlp(last.ln_2(x)))
+    return visual.ln_post(x[:, 0]) @ visual.proj
 
 
 class TunedCLIP(nn.Module):
@@ -253,13 +273,13 @@ class TunedCLIP(nn.Module):
         else:
             prompt = kind == "prompt"
             self.part = PromptLearner(clip, prompt_tokens, n_ctx) if prompt else \
-                FeatureAdapter(text.shape[1])
+                FeatureAdapter(text.shape[1], text.dtype)
             parts = [self.part]
         self.requires_grad_(False).eval()
         self.parts = parts  # a plain list: the modules are registered above
         for part in parts:
             for name, p in part.named_parameters():
-                p.requires_grad_(name in ("ctx", "down", "up") or name.startswith("gate"))
+                p.requires_grad_(name.split(".")[0] in ("ctx", "down", "up", "gate"))
 
     def forward(self, inputs):
         text, image = self.text, inputs  # (C, E), (B, E)
@@ -268,7 +288,7 @@ class TunedCLIP(nn.Module):
         elif self.kind == "adapter":
             image = self.part(inputs)
         else:
-            image = self.visual(inputs)
+            image = class_token_features(self.visual, inputs)
         return self.scale * F.normalize(image, dim=-1) @ text.T  # (B, C)
 
     def draw(self):
@@ -400,18 +420,22 @@ class Federation:
         self.test = test  # index tensor of the whole test set: a contiguous range
         self.groups, self.args = groups, args
         self.num_classes = len(text)
+        self.personal_logits = {}  # client -> (its private parameters, their logits on its tests)
         train = torch.cat([c[0] for c in clients])
         self.class_counts = torch.bincount(labels[train], minlength=self.num_classes)
 
-    def read(self, indices, seeds=None):
+    def read(self, indices, seeds=None, teacher=True):
         """What the student reads for these samples, and their zero-shot image features (B, E).
 
         seeds (ints, one per sample) turn augmentation on; otherwise the features were encoded once.
+        teacher: whether the features are wanted; LoRA needs a pass of their own for them.
         """
         if seeds is None:
             features = self.features[indices]
             return (self._pixels(indices) if self.student.kind == "lora" else features), features
         pixels = next(self.pool.batches([indices], [seeds]))
+        if self.student.kind == "lora" and not teacher:
+            return pixels, None
         with torch.no_grad():
             features = self.clip.encode_image(pixels)
         return (pixels if self.student.kind == "lora" else features), features
@@ -431,7 +455,7 @@ class Federation:
         """
         if self.student.kind != "lora":
             return functional_call(self.student, params, (self.features[indices],))
-        chunks = dict(enumerate(indices.split(256)))
+        chunks = dict(enumerate(indices.split(64)))
         mine = run.share(chunks) if run else chunks
         parts = {i: functional_call(self.student, params, (self._pixels(chunks[i]),)) for i in mine}
         parts = run.gather(parts) if run else parts
@@ -473,7 +497,7 @@ def tune_shared(world, start, client, method, round_, momentum=None):
     prior = ((world.class_counts + 1) / (world.class_counts + 1).sum()).log()  # UNSPECIFIED 4
     student.dropout(True)
     for _, indices, seeds in world.batches(client, "shared", round_):
-        inputs, features = world.read(indices, seeds)
+        inputs, features = world.read(indices, seeds, teacher=align is not None)
         labels = world.labels[indices]
         f = functional_call(student, params, (inputs,))  # (B, C)
         shift = args.logit_tau * prior if method == "logit-adjust" else 0
@@ -507,7 +531,7 @@ def tune_private(world, start, global_params, client, round_):
         frozen = world.logits(global_params, world.clients[client][0])  # l_G once for every sample
     student.dropout(True)
     for here, indices, seeds in world.batches(client, "private", round_):
-        inputs, _ = world.read(indices, seeds)
+        inputs, _ = world.read(indices, seeds, teacher=False)
         labels = world.labels[indices]
         if not residual:  # UNSPECIFIED 3
             loss = F.cross_entropy(functional_call(student, params, (inputs,)), labels)
@@ -614,7 +638,10 @@ def predict_personal(world, method, state, client, global_logits):
     test = world.clients[client][1]
     mine = None if global_logits is None else global_logits[test - world.test[0]]
     if method == "fedpurel":
-        private_logits = world.logits(state["private"][client], test)
+        params = state["private"][client]
+        if world.personal_logits.get(client, (None,))[0] is not params:  # not since its last round
+            world.personal_logits[client] = params, world.logits(params, test)
+        private_logits = world.personal_logits[client][1]
         # Eq. (E6): l_final = l_G + l_P
         return (private_logits if world.args.no_residual else mine + private_logits).argmax(-1)
     if method == "local":
@@ -975,7 +1002,7 @@ def main(argv=None):
         if run.world > 1 and args.recipe == "official":
             raise common.UserError(
                 "--recipe official carries momentum from client to client: run it in one process")
-        state = run.load() or {"done": {}, "current": None}
+        state = run.load() or {"done": {}, "trained": {}, "current": None}
         run.begin()
         world = build_federation(args, run)
         for method in methods:
@@ -990,6 +1017,7 @@ def main(argv=None):
                 current["private"] = to_device(current["private"], world)
                 history = train_method(world, run, method, current, lambda now: run.save(
                     {**state, "current": now}, f"{now['method']}, round {now['round']}"))
+                state["trained"][method] = {k: current[k] for k in ("global", "private")}
             state["done"][method] = summarise(history)
             state["current"] = None
             run.save(state, method)

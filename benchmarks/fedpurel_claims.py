@@ -1,11 +1,11 @@
 """The claims of fedpurel.py, measured over seeds: all methods and ablations on identical clients.
 
-    python benchmarks/fedpurel_claims.py                        small world, 5 seeds, 3 kinds of PEFT
-    python benchmarks/fedpurel_claims.py --peft prompt --dataset folder:PATH --model tiny
-    python benchmarks/fedpurel_claims.py --summary              tables from what has been run already
+    python benchmarks/fedpurel_claims.py                  the small world, 5 seeds, 3 kinds of PEFT
+    python benchmarks/fedpurel_claims.py --summary        tables from what has been run already
+    python benchmarks/fedpurel_claims.py --out DIR --dataset folder:PATH --model tiny --n-max 1500
 
-Every (seed, kind) is one JSON file under --out, so the work can be stopped, continued, and split over
-processes with --seeds. The claims:
+Every (seed, kind) is one JSON file under --out, so the work can be stopped, continued, and split
+over processes with --seeds. The claims:
     C1  FedAvg's global Few accuracy falls below zero-shot's.
     C2  FedPuReL's global Few stays within 2 points of zero-shot's, and its All beats FedAvg's and
         zero-shot's.
@@ -56,7 +56,8 @@ def measure(options, seed, kind, methods, folder):
                 history = fedpurel.train_method(world, run, method, state, lambda state: None)
             results[name] = fedpurel.summarise(history)
             results[name]["cpu_seconds"] = round(time.process_time() - start, 1)
-            print(f"seed {seed} {kind} {name}: {results[name]['cpu_seconds']} CPU-s", file=sys.stderr)
+            print(f"seed {seed} {kind} {name}: {results[name]['cpu_seconds']} CPU-s",
+                  file=sys.stderr)
         vars(args).update(plain)
         if kind == "prompt":
             shown = {m: results[m] for m in ("zeroshot", "fedavg", "fedpurel")}
@@ -65,7 +66,8 @@ def measure(options, seed, kind, methods, folder):
 
 
 def values(runs, name, part, key):
-    """One number per seed (mean of the last 10 evaluations); None where a method has no such model."""
+    """One number per seed (mean of the last 10 evaluations); None where a method has no such
+    model."""
     found = [(run[name][part] or {}).get("mean10", {}).get(key) for run in runs]
     return None if any(v is None for v in found) else found
 
@@ -73,7 +75,8 @@ def values(runs, name, part, key):
 def spread(numbers):
     if numbers is None:
         return "-"
-    return f"{statistics.mean(numbers):.1f} ± {statistics.stdev(numbers) if len(numbers) > 1 else 0:.1f}"
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0
+    return f"{statistics.mean(numbers):.1f} ± {deviation:.1f}"
 
 
 def verdict(better, worse, margin=0.0):
@@ -82,7 +85,8 @@ def verdict(better, worse, margin=0.0):
     mean = statistics.mean(gaps)
     p = stats.ttest_1samp(gaps, 0).pvalue if len(gaps) > 1 and len(set(gaps)) > 1 else 1.0
     word = "fails" if mean < 0 else "holds" if p < .05 else "not shown"
-    return f"{word} (mean {mean - margin:+.2f}, p {p:.3f}, {sum(g > 0 for g in gaps)}/{len(gaps)} seeds)"
+    wins = sum(g > 0 for g in gaps)
+    return f"{word} (mean {mean - margin:+.2f}, p {p:.3f}, {wins}/{len(gaps)} seeds)"
 
 
 def summarise(kind, runs):
@@ -90,7 +94,8 @@ def summarise(kind, runs):
     names = list(runs[0])
     print(f"\n### {kind}, {len(runs)} seeds\n")
     keys = ("all", "many", "med", "few", "balancedness")
-    print("| method | GM All | Many | Med | Few | balancedness | PM All | Many | Med | Few | CPU-s |")
+    print(
+        "| method | GM All | Many | Med | Few | balancedness | PM All | Many | Med | Few | CPU-s |")
     print("|---|" + "---|" * 10)
     for name in names:
         row = [spread(values(runs, name, "gm", k)) for k in keys]
@@ -126,19 +131,22 @@ def summarise(kind, runs):
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add_argument("--seeds", default="11,12,13,14,15", help="comma-separated; default %(default)s")
+    parser.add_argument("--seeds", default="11,12,13,14,15",
+                        help="comma-separated; default %(default)s")
     parser.add_argument("--peft", default="prompt,lora,adapter", help="default %(default)s")
     parser.add_argument("--methods", default=",".join(fedpurel.METHODS), help="default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/fedpurel-claims"),
                         help="default %(default)s")
-    parser.add_argument("--summary", action="store_true", help="run nothing; print what --out holds")
+    parser.add_argument("--summary", action="store_true",
+                        help="run nothing; print what --out holds")
     args, options = parser.parse_known_args()  # the rest goes to fedpurel.py
     options = ["--eval-every", "5", *options]
     for kind in args.peft.split(","):
         for seed in map(int, args.seeds.split(",")):
             path = args.out / f"{kind}-{seed}.json"
             if not path.exists() and not args.summary:
-                common.write_json(path, measure(options, seed, kind, args.methods.split(","), args.out))
+                common.write_json(path,
+                                  measure(options, seed, kind, args.methods.split(","), args.out))
     for kind in args.peft.split(","):
         paths = sorted(args.out.glob(f"{kind}-*.json"))
         if paths:

@@ -25,9 +25,9 @@ Cost model: an average CIFAR-100-LT round at K = 20
     on --texts. Small passes are the cheaper ones per image and text on a CPU, on either side; one
     line compares a whole plain step with the sum of its parts. Two plain LoRA layers are timed:
     lora_ratio is against the low-rank one, lora_product_ratio against the one that multiplies by
-    the (D, D) product B A. Not counted: TKL, purification and SGD of the plain arrangement (they are
-    in the fast times), reading un-augmented pixels (either side), and what is done once in a run:
-    fedpurel.py encodes all images, which prompt_ratio_with_encoding spreads over 100 rounds.
+    the (D, D) product B A. Not counted: TKL, purification and SGD of the plain arrangement (they
+    are in the fast times), reading un-augmented pixels (either side), and what is done once in a
+    run: fedpurel.py encodes all images, which prompt_ratio_with_encoding spreads over 100 rounds.
 """
 import argparse
 import contextlib
