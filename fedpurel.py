@@ -100,7 +100,8 @@ LABELS = {
     "fedpurel": "FedPuReL",
 }
 
-# Defaults that depend on the data. The paper's are in the parser; a small world has its own.
+# Defaults that depend on the data: the paper's setting, and that of the models pre-trained here.
+# Their learning rates were chosen on seeds that benchmarks/RESULTS.md does not report.
 PAPER = {"model": "ViT-B-16-quickgelu:openai", "method": "fedpurel", "rounds": 100, "lr": 1e-3,
          "private_lr": 1e-3, "beta": 1.0}
 SMALL = {"model": "tiny", "method": "zeroshot,fedavg,fedpurel", "rounds": 20, "beta": .3,
@@ -424,24 +425,22 @@ class Federation:
         train = torch.cat([c[0] for c in clients])
         self.class_counts = torch.bincount(labels[train], minlength=self.num_classes)
 
-    def read(self, indices, seeds=None, teacher=True):
-        """What the student reads for these samples, and their zero-shot image features (B, E).
+    def read(self, batches, teacher=True):
+        """For each of `batches`: what the student reads (B, ...), zero-shot image features (B, E).
 
-        seeds (ints, one per sample) turn augmentation on; otherwise the features were encoded once.
-        teacher: whether the features are wanted; LoRA needs a pass of their own for them.
+        The features were encoded once; augmented images are encoded as they come (without `teacher`
+        not for LoRA, which needs a pass of their own for them).
         """
-        if seeds is None:
-            features = self.features[indices]
-            return (self._pixels(indices) if self.student.kind == "lora" else features), features
-        pixels = next(self.pool.batches([indices], [seeds]))
-        if self.student.kind == "lora" and not teacher:
-            return pixels, None
-        with torch.no_grad():
-            features = self.clip.encode_image(pixels)
-        return (pixels if self.student.kind == "lora" else features), features
-
-    def _pixels(self, indices):
-        return next(self.pool.batches([indices]))
+        lists, seeds = [indices for _, indices, _ in batches], [s for _, _, s in batches]
+        lora, augmented = self.student.kind == "lora", bool(seeds) and seeds[0] is not None
+        pixels = self.pool.batches(lists, seeds if augmented else None)  # read when asked for
+        for indices in lists:
+            images = next(pixels) if lora or augmented else None
+            features = None if augmented else self.features[indices]
+            if augmented and (teacher or not lora):
+                with torch.no_grad():
+                    features = self.clip.encode_image(images)
+            yield (images if lora else features), features
 
     def zero_shot_logits(self, features):
         """(B, E) image features -> (B, C)."""
@@ -455,28 +454,31 @@ class Federation:
         """
         if self.student.kind != "lora":
             return functional_call(self.student, params, (self.features[indices],))
-        chunks = dict(enumerate(indices.split(64)))
-        mine = run.share(chunks) if run else chunks
-        parts = {i: functional_call(self.student, params, (self._pixels(chunks[i]),)) for i in mine}
+        chunks = indices.split(64)
+        mine = run.share(range(len(chunks))) if run else range(len(chunks))
+        pixels = self.pool.batches([chunks[i] for i in mine])
+        parts = {i: functional_call(self.student, params, (x,))
+                 for i, x in zip(mine, pixels, strict=True)}
         parts = run.gather(parts) if run else parts
-        return torch.cat([parts[i].to(self.labels.device) for i in sorted(chunks)])
+        return torch.cat([parts[i].to(self.labels.device) for i in range(len(chunks))])
 
     def batches(self, client, *purpose):
-        """One epoch over a client's training samples: (positions in its list, pool indices, seeds).
+        """One epoch of a client: a list of (positions in its list, pool indices, seeds).
 
-        The last partial batch is dropped if the client has at least one full batch.
+        The last partial batch is dropped if the client has at least one full batch. The seeds are
+        of the augmentation, None without it.
         """
-        train = self.clients[client][0]
+        train, size, found = self.clients[client][0], self.args.batch, []
         generator = common.torch_generator(self.args.seed, "batches", *purpose, client)
         common.seed_torch(self.args.seed, "noise", *purpose, client)
         for _ in range(self.args.local_epochs):
             order = torch.randperm(len(train), generator=generator)
-            size = self.args.batch
-            for start in range(0, len(order) - size + 1 if len(order) >= size else 1, size):
-                here = order[start:start + size]
-                seeds = torch.randint(2 ** 31, (len(here),), generator=generator).tolist() \
-                    if self.args.augment else None
-                yield here, train[here], seeds
+            for start in range(0, max(len(order) - size, 0) + 1, size):
+                here, seeds = order[start:start + size], None
+                if self.args.augment:
+                    seeds = torch.randint(2 ** 31, (len(here),), generator=generator).tolist()
+                found.append((here, train[here], seeds))
+        return found
 
 
 def tune_shared(world, start, client, method, round_, momentum=None):
@@ -496,8 +498,9 @@ def tune_shared(world, start, client, method, round_, momentum=None):
         align = None
     prior = ((world.class_counts + 1) / (world.class_counts + 1).sum()).log()  # UNSPECIFIED 4
     student.dropout(True)
-    for _, indices, seeds in world.batches(client, "shared", round_):
-        inputs, features = world.read(indices, seeds, teacher=align is not None)
+    batches = world.batches(client, "shared", round_)
+    reader = world.read(batches, teacher=align is not None)
+    for (_, indices, _), (inputs, features) in zip(batches, reader, strict=True):
         labels = world.labels[indices]
         f = functional_call(student, params, (inputs,))  # (B, C)
         shift = args.logit_tau * prior if method == "logit-adjust" else 0
@@ -530,8 +533,9 @@ def tune_private(world, start, global_params, client, round_):
     if residual and not args.augment:
         frozen = world.logits(global_params, world.clients[client][0])  # l_G once for every sample
     student.dropout(True)
-    for here, indices, seeds in world.batches(client, "private", round_):
-        inputs, _ = world.read(indices, seeds, teacher=False)
+    batches = world.batches(client, "private", round_)
+    reader = world.read(batches, teacher=False)
+    for (here, indices, _), (inputs, _) in zip(batches, reader, strict=True):
         labels = world.labels[indices]
         if not residual:  # UNSPECIFIED 3
             loss = F.cross_entropy(functional_call(student, params, (inputs,)), labels)
@@ -585,10 +589,10 @@ def train_method(world, run, method, state, save):
             state["private"].update(to_device(run.gather(private), world))
         state["round"] = round_ + 1
         if state["round"] % args.eval_every == 0 or state["round"] == args.rounds:
-            scores = evaluate(world, run, method, state)
-            state["history"].append({"round": state["round"], **scores})
+            found = evaluate(world, run, method, state)
+            state["history"].append({"round": state["round"], **found})
             run.log(method=method, round=state["round"], **{
-                f"{part.upper()}_{key}": scores[part][key] for part in ("gm", "pm") if scores[part]
+                f"{part.upper()}_{key}": found[part][key] for part in ("gm", "pm") if found[part]
                 for key in ("all", "many", "med", "few")})
         save(state)
     return state["history"]
@@ -667,9 +671,7 @@ def group_means(world, class_accuracy):
 
 def personal_scores(world, guesses, labels):
     """Unweighted means over clients of accuracy and group means; F1 and balancedness likewise."""
-    rows = []
-    for guess, truth in zip(guesses, labels, strict=True):
-        rows.append(scores(world, guess, truth))
+    rows = [scores(world, guess, truth) for guess, truth in zip(guesses, labels, strict=True)]
     # UNSPECIFIED 2: a client without test samples of a group does not enter that group's mean
     return {key: mean([row[key] for row in rows]) for key in rows[0]}
 
@@ -998,7 +1000,7 @@ def main(argv=None):
     args = resolve(build_parser().parse_args(argv))
     methods = args.method.split(",")
     title = "fedpurel-" + Path(args.dataset.removeprefix("folder:")).name
-    with common.Run(args, title, resume_may_change=["rounds"]) as run:
+    with common.Run(args, title) as run:
         if run.world > 1 and args.recipe == "official":
             raise common.UserError(
                 "--recipe official carries momentum from client to client: run it in one process")

@@ -560,7 +560,7 @@ def test_a_training_step_leaves_the_frozen_weights_alone(kind):
     trainable = {n: p for n, p in student.named_parameters() if p.requires_grad}
     before, clip_before = (copy.deepcopy(m.state_dict()) for m in (student, world.clip))
     optimizer = torch.optim.SGD(trainable.values(), .5, weight_decay=.1)
-    inputs, _ = world.read(torch.arange(8))
+    inputs, _ = next(world.read([(None, torch.arange(8), None)]))
     F.cross_entropy(student(inputs), world.labels[:8]).backward()
     optimizer.step()
     changed = {n for n, t in student.state_dict().items() if not t.equal(before[n])}
