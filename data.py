@@ -214,17 +214,19 @@ class Images:
 
 
 PHOTO = "a photo of a {}."
-# name -> (torchvision class, split arguments for train (one or more) and test, caption)
+# name -> (torchvision class, its folder under --data-dir, splits to train and test on, caption)
+TRAIN, TEST = [{"train": True}], {"train": False}
 TORCHVISION_SETS = {
-    "cifar100": ("CIFAR100", [{"train": True}], {"train": False}, PHOTO),
-    "cifar10": ("CIFAR10", [{"train": True}], {"train": False}, PHOTO),
-    "fashion-mnist": ("FashionMNIST", [{"train": True}], {"train": False}, PHOTO),
-    "food101": ("Food101", [{"split": "train"}], {"split": "test"},
+    "cifar100": ("CIFAR100", "cifar-100-python", TRAIN, TEST, PHOTO),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", TRAIN, TEST, PHOTO),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", TRAIN, TEST, PHOTO),
+    "food101": ("Food101", "food-101", [{"split": "train"}], {"split": "test"},
                 "a photo of {}, a type of food."),
-    "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}, "{} texture."),
-    "aircraft": ("FGVCAircraft", [{"split": "trainval"}], {"split": "test"},
-                 "a photo of a {}, a type of aircraft."),
-    "pets": ("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"},
+    "dtd": ("DTD", "dtd/dtd", [{"split": "train"}, {"split": "val"}], {"split": "test"},
+            "{} texture."),
+    "aircraft": ("FGVCAircraft", "fgvc-aircraft-2013b", [{"split": "trainval"}],
+                 {"split": "test"}, "a photo of a {}, a type of aircraft."),
+    "pets": ("OxfordIIITPet", "oxford-iiit-pet", [{"split": "trainval"}], {"split": "test"},
              "a photo of a {}, a type of pet."),
 }
 OWN_SETS = ["dogs", "imagenet", "places", "shapes"]
@@ -273,7 +275,7 @@ def load_images(name, data_dir, seed=0):
 
 
 def _torchvision_set(name, data_dir):
-    kind, train_splits, test_split, template = TORCHVISION_SETS[name]
+    kind, folder, train_splits, test_split, template = TORCHVISION_SETS[name]
     load = getattr(torchvision.datasets, kind)
 
     def read(split):
@@ -281,9 +283,9 @@ def _torchvision_set(name, data_dir):
             part = load(root=str(data_dir), download=True, **split)
         except Exception as error:  # network, checksum, archive and file errors
             raise UserError(
-                f"{name}: cannot download or read it ({type(error).__name__}: {error}). "
-                f"Without a network, put the files of torchvision.datasets.{kind} under {data_dir}"
-            ) from None
+                f"{name}: cannot download or read it ({type(error).__name__}: {error}). Without a "
+                f"network, put what torchvision.datasets.{kind} would download and unpack into "
+                f"{data_dir / folder}") from None
         if hasattr(part, "data"):
             source, labels = np.asarray(part.data), part.targets
         else:  # torchvision keeps the file lists of these sets in attributes only

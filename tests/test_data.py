@@ -731,6 +731,7 @@ def test_without_network_the_message_says_what_to_put_where(name, tmp_path):
         assert "lists.tar" in message
     else:
         assert f"torchvision.datasets.{data.TORCHVISION_SETS[name][0]}" in message
+        assert data.TORCHVISION_SETS[name][1] in message
 
 
 # -- Stanford Dogs' archives ---------------------------------------------------------------------
@@ -967,7 +968,7 @@ def test_text_that_is_too_long_is_refused():
 # -- shapes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("look", [data.CLEAN, data.MILD, data.SHIFTED])
+@pytest.mark.parametrize("look", [{}, data.MILD, data.SHIFTED])
 def test_tiles_are_uint8_and_depend_on_the_generator_alone(look):
     for texture in data.TEXTURES:
         a, b, c = (data.render_tile("red", texture, np.random.default_rng(s), **look)
@@ -990,6 +991,16 @@ def test_render_tiles_labels_follow_the_counts():
     assert pixels.shape == (counts.sum(), 32, 32, 3) and pixels.dtype == np.uint8
     assert labels.dtype == np.int64
     assert np.bincount(labels, minlength=100).tolist() == counts.tolist()
+
+
+def test_a_class_keeps_its_own_tint_and_shade():
+    tints, shades = np.zeros((100, 3)), np.full(100, .25)
+    tints[3], shades[3] = (0, 0, .5), .9
+    plain, _ = data.render_tiles([1] * 100, np.random.default_rng(0))
+    own, _ = data.render_tiles([1] * 100, np.random.default_rng(0), tints=tints, shades=shades)
+    differs = (plain != own).reshape(100, -1).any(1)
+    assert np.flatnonzero(differs).tolist() == [3]
+    assert own[3].mean((0, 1))[2] > plain[3].mean((0, 1))[2] + 50
 
 
 def test_shapes_has_its_stated_sizes():
