@@ -106,7 +106,8 @@ PAPER = {"model": "ViT-B-16-quickgelu:openai", "method": "fedpurel", "rounds": 1
          "private_lr": 1e-3, "beta": 1.0}
 SMALL = {"model": "tiny", "method": "zeroshot,fedavg,fedpurel", "rounds": 20, "beta": .3,
          "threads": 1}
-SMALL_LR = {"prompt": (.1, .1), "lora": (.01, .03), "adapter": (.1, .1)}  # stage 1, stage 2
+SMALL_LR = {"prompt": (.001, .003), "lora": (.01, .03), "adapter": (.1, .1)}  # stage 1, stage 2
+PHOTO_LR = {**SMALL_LR, "prompt": (.1, .1)}
 
 # ================================================================================================
 # Model: CLIP with one small trainable part
@@ -776,9 +777,9 @@ def build_parser():
                    help="per round and stage (paper 1)")
     g.add_argument("--batch", type=number(int, low=1), default=32, help="paper %(default)s")
     g.add_argument("--lr", type=number(float, above=0), default=None,
-                   help="stage 1 (paper 1e-3; small worlds 0.1, LoRA 0.01)")
+                   help="stage 1 (paper 1e-3; for --model tiny see SMALL_LR and PHOTO_LR)")
     g.add_argument("--private-lr", type=number(float, above=0), default=None,
-                   help="stage 2 (paper 1e-3; small worlds 0.1, LoRA 0.03)")
+                   help="stage 2 (paper 1e-3; for --model tiny see SMALL_LR and PHOTO_LR)")
     g.add_argument("--momentum", type=number(float, low=0, high=.999), default=.9,
                    help="stage 1 (paper %(default)s)")
     g.add_argument("--weight-decay", type=number(float, low=0), default=5e-4,
@@ -798,7 +799,7 @@ def resolve(args):
         args.model = "tiny"
     preset = dict(PAPER)
     if args.model == "tiny":
-        lr, private_lr = SMALL_LR[args.peft]
+        lr, private_lr = (SMALL_LR if args.dataset == "shapes-lt" else PHOTO_LR)[args.peft]
         preset = {**SMALL, "lr": lr, "private_lr": private_lr}
         if args.dataset == "shapes-lt":
             preset["groups"] = "40,8"
