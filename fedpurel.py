@@ -106,8 +106,8 @@ PAPER = {"model": "ViT-B-16-quickgelu:openai", "method": "fedpurel", "rounds": 1
          "private_lr": 1e-3, "beta": 1.0}
 SMALL = {"model": "tiny", "method": "zeroshot,fedavg,fedpurel", "rounds": 20, "beta": .3,
          "threads": 1}
-SMALL_LR = {"prompt": (.001, .003), "lora": (.01, .03), "adapter": (.1, .1)}  # stage 1, stage 2
-PHOTO_LR = {**SMALL_LR, "prompt": (.1, .1)}
+SMALL_LR = {"prompt": (.001, .003), "lora": (.01, .1), "adapter": (.1, .3)}  # stage 1, stage 2
+PHOTO_LR = {"prompt": (.1, .1), "lora": (.01, .03), "adapter": (.1, .3)}
 
 # ================================================================================================
 # Model: CLIP with one small trainable part
