@@ -12,7 +12,7 @@ The idea
     lets each client learn an additive residual in logit space.
 
 Run
-    python fedpurel.py                                     the small world: 2 minutes, no download
+    python fedpurel.py                                     the small world: 1 minute, no download
     python fedpurel.py --method all                        all methods on the same clients and draws
     python fedpurel.py --dataset cifar100-lt               the paper's main table, with real CLIP
     python fedpurel.py --dataset folder:PATH --model tiny  your own pictures, no weights needed
@@ -414,13 +414,14 @@ class Federation:
     Samples are numbered over one pool, long-tailed training images first, then all test images.
     """
 
-    def __init__(self, clip, student, pool, features, text, labels, clients, test, groups, args):
+    def __init__(self, clip, student, pool, features, text, labels, clients, test, groups, args,
+                 class_names=None):
         self.clip, self.student, self.pool = clip, student, pool
         self.features, self.text = features, text  # zero-shot: (N, E) of the pool, (C, E)
         self.labels = labels  # (N,) over the pool
         self.clients = clients  # K pairs (train, test) of index tensors into the pool
         self.test = test  # index tensor of the whole test set: a contiguous range
-        self.groups, self.args = groups, args
+        self.groups, self.args, self.class_names = groups, args, class_names
         self.num_classes = len(text)
         self.personal_logits = {}  # client -> (its private parameters, their logits on its tests)
         train = torch.cat([c[0] for c in clients])
@@ -744,8 +745,9 @@ def build_parser():
         "--model", default=None, help="open_clip NAME:PRETRAINED, NAME:random, or tiny (default "
         "ViT-B-16-quickgelu:openai, the paper's; tiny in the small world)")
     g.add_argument("--weights", type=Path, default=None, help="a local checkpoint of --model NAME")
-    g.add_argument("--peft", choices=["prompt", "lora", "adapter"], default="prompt",
-                   help="what is tuned: CoOp context, LoRA in the vision tower, a feature adapter")
+    g.add_argument("--peft", choices=["prompt", "lora", "adapter"], default=None,
+                   help="what is tuned: CoOp context (paper; default), LoRA in the vision tower, a "
+                   "feature adapter (default in the small world, where it shows most)")
     g.add_argument("--n-ctx", type=number(int, low=1), default=4,
                    help="context vectors (paper %(default)s)")
     g.add_argument("--rank", type=number(int, low=1), default=8,
@@ -797,6 +799,8 @@ def resolve(args):
     """Fill in defaults that depend on data set and model; refuse what does not go together."""
     if args.model is None and args.dataset == "shapes-lt":
         args.model = "tiny"
+    if args.peft is None:
+        args.peft = "adapter" if args.dataset == "shapes-lt" else "prompt"
     preset = dict(PAPER)
     if args.model == "tiny":
         lr, private_lr = (SMALL_LR if args.dataset == "shapes-lt" else PHOTO_LR)[args.peft]
@@ -942,7 +946,8 @@ def build_federation(args, run):
     index = [tuple(torch.as_tensor(part, device=run.device) for part in pair) for pair in clients]
     test = torch.arange(first_test, len(labels), device=run.device)
     return Federation(clip, student, pool, features, text,
-                      torch.as_tensor(labels, device=run.device), index, test, groups, args)
+                      torch.as_tensor(labels, device=run.device), index, test, groups, args,
+                      images.class_names)
 
 
 def fresh_state(world, method):
@@ -976,6 +981,8 @@ def draw_figure(world, results, path):
             left.plot(smooth, color=colours[m], lw=2, label=LABELS[m])
     left.set(xlabel="classes, most frequent first", ylabel="accuracy (%)", ylim=(0, 100),
              title="Global model, each class" + (f" (mean over {window})" if window > 1 else ""))
+    if world.class_names and len(order) <= 20:
+        left.set_xticks(range(len(order)), [world.class_names[c] for c in order], rotation=25)
     left.legend(frameon=False, loc="lower left")
     bars = left.twinx()
     counts = world.class_counts.cpu()[order]
@@ -992,7 +999,8 @@ def draw_figure(world, results, path):
     top = max(1, *(b.get_height() for b in right.patches))
     right.set_ylim(0, top * 1.08)
     right.axvline(3.8, color="#000000", lw=.6)
-    figure.suptitle(f"FedPuReL on {world.args.dataset}, {world.args.peft}, seed {world.args.seed}")
+    name = Path(world.args.dataset.removeprefix("folder:")).name
+    figure.suptitle(f"FedPuReL on {name}, {world.args.peft}, seed {world.args.seed}")
     common.atomic_write(path, lambda p: figure.savefig(p, dpi=130))
     plt.close(figure)
 
