@@ -450,11 +450,14 @@ class Run:
             return
         with open(self.out_dir / "log.jsonl", "a") as handle:
             handle.write(json.dumps(row) + "\n")
-        width = {k: max(len(k), 9 if isinstance(v, float) else len(str(v))) for k, v in row.items()}
+        def width(key, value):  # the same in every row, so that rows stand under their header
+            kind = 12 if isinstance(value, str) else 9 if isinstance(value, float) else 5
+            return max(len(key), kind)
+
         if list(row) != self.columns:
             self.columns = list(row)
-            self.say("  ".join(k.rjust(width[k]) for k in row))
-        self.say("  ".join((f"{v:.4f}" if isinstance(v, float) else str(v)).rjust(width[k])
+            self.say("  ".join(k.rjust(width(k, v)) for k, v in row.items()))
+        self.say("  ".join((f"{v:.4f}" if isinstance(v, float) else str(v)).rjust(width(k, v))
                            for k, v in row.items()))
 
     def progress(self, items, what, **options):
