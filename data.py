@@ -16,7 +16,7 @@ import logging
 import re
 import tarfile
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -752,8 +752,8 @@ class TinyConfig:
     batch: int = 64
     lr: float = 3e-3
     augment: bool = False
-    mean: tuple = field(default=(.5, .5, .5))
-    std: tuple = field(default=(.25, .25, .25))
+    mean: tuple = (.5, .5, .5)
+    std: tuple = (.25, .25, .25)
 
 
 PHOTO_TINY = TinyConfig(epochs=16, batch=100, lr=2e-3, augment=True)

@@ -71,7 +71,8 @@ Where we depart (the marks can be searched for)
     UNSPECIFIED 2 Many/Med/Few of personal models: mean over the classes a client tests, then over
                   the clients that test any of the group.
     UNSPECIFIED 3 "without residual": the private parameters alone make the personal prediction.
-    UNSPECIFIED 4 class prior of logit adjustment: the federation's summed class counts, plus one.
+    UNSPECIFIED 4 the baselines: logit adjustment's class prior is the federation's summed class
+                  counts, plus one; FedProx has μ = 0.01 (--prox-mu).
     UNSPECIFIED 5 Aircraft, DTD and Pets tune on train + val; --augment is CoOp's crop and flip.
 
 References
@@ -516,7 +517,7 @@ def tune_shared(world, start, client, method, round_, momentum=None):
             # Eq. (E4), for every tensor by itself
             grads = [purify_gradient(task_grad, align_grad, args.strength)
                      for task_grad, align_grad in zip(grads, align_grads, strict=True)]
-        if method == "fedprox":
+        if method == "fedprox":  # UNSPECIFIED 4
             pull = [args.prox_mu * (params[n] - start[n]).detach() for n in params]
             grads = [g + p for g, p in zip(grads, pull, strict=True)]
         for p, g in zip(params.values(), grads, strict=True):
@@ -789,7 +790,7 @@ def build_parser():
                    help="stage 1 (paper %(default)s)")
     g.add_argument("--weight-decay", type=number(float, low=0), default=5e-4,
                    help="stage 1 (paper %(default)s)")
-    g.add_argument("--prox-mu", type=number(float, low=0), default=.01, help="FedProx μ")
+    g.add_argument("--prox-mu", type=number(float, low=0), default=.01, help="FedProx μ (ours)")
     g.add_argument("--logit-tau", type=number(float, low=0), default=1.0, help="logit adjustment τ")
     g.add_argument("--eval-every", type=number(int, low=1), default=1,
                    help="rounds between evaluations")
