@@ -1,14 +1,10 @@
 """The commands as a user types them: whole runs, kill and resume, Ctrl-C, two processes, bad
 input."""
 import json
-import os
 import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +16,9 @@ from PIL import Image
 import common
 import data
 import fedpurel
+from tools import ROOT, finish, start, torchrun, wait_for_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "fedpurel.py"
 COLOURS = [(200, 40, 40), (40, 160, 60), (50, 80, 210), (220, 200, 60), (120, 60, 160),
            (60, 190, 190)]
 
@@ -50,20 +47,6 @@ def arguments(pictures, *more):
     return ["--dataset", f"folder:{pictures}", "--model", "tiny", "--clients", "4", "--beta", "1",
             "--imbalance", "4", "--data-dir", str(pictures.parent / "cache"), "--batch", "4",
             "--rounds", "4", *map(str, more)]
-
-
-def start(words, cwd=None, launcher=(sys.executable,)):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([*launcher, str(ROOT / "fedpurel.py"), *words], cwd=cwd or ROOT,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=environment)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    return out, err
 
 
 def results(folder):
@@ -97,7 +80,7 @@ def assert_equal_runs(first, second):
 def reference(pictures, tmp_path_factory):
     """An uninterrupted run of 40 rounds, which the others are compared with."""
     folder = tmp_path_factory.mktemp("reference") / "out"
-    out, err = finish(start(arguments(pictures, "--rounds", 40, "--out-dir", folder)))
+    out, err = finish(start(SCRIPT, arguments(pictures, "--rounds", 40, "--out-dir", folder)))
     return folder, out, err
 
 
@@ -131,26 +114,17 @@ def test_same_command_gives_the_same_numbers_and_another_seed_others(pictures, t
     assert results(tmp_path / "a") != results(tmp_path / "c")
 
 
-def wait_for_rows(folder, n, process):
-    """Until log.jsonl holds n rows (or the run has ended)."""
-    end = time.time() + 120
-    while time.time() < end and process.poll() is None:
-        if (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count("\n") >= n:
-            return
-        time.sleep(.01)
-
-
 def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(pictures, reference, tmp_path):
     folder = tmp_path / "out"
     words = arguments(pictures, "--rounds", 40, "--out-dir", folder)
     for rows in (13, 47):  # in FedAvg, then in FedPuReL
-        process = start([*words, "--resume"] if folder.exists() else words)
+        process = start(SCRIPT, [*words, "--resume"] if folder.exists() else words)
         wait_for_rows(folder, rows, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not (folder / "result.json").exists()
-    finish(start([*words, "--resume"]))
+    finish(start(SCRIPT, [*words, "--resume"]))
     assert_equal_runs(folder, reference[0])
     saved = [
         torch.load(f / "checkpoint.pt", weights_only=True)["rows"] for f in (folder, reference[0])
@@ -164,7 +138,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(pictures, r
 def test_ctrl_c_says_how_to_go_on(pictures, tmp_path):
     folder = tmp_path / "out"
     words = arguments(pictures, "--rounds", 400, "--out-dir", folder)
-    process = start(words)
+    process = start(SCRIPT, words)
     wait_for_rows(folder, 5, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
@@ -176,7 +150,8 @@ def test_ctrl_c_says_how_to_go_on(pictures, tmp_path):
 def test_resume_after_the_end_prints_the_table_again(reference, pictures, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(reference[0], folder)
-    out, _ = finish(start(arguments(pictures, "--rounds", 40, "--out-dir", folder, "--resume")))
+    words = arguments(pictures, "--rounds", 40, "--out-dir", folder, "--resume")
+    out, _ = finish(start(SCRIPT, words))
     assert out.splitlines()[:4] == reference[1].splitlines()[:4]
     assert results(folder) == results(reference[0])
 
@@ -185,11 +160,10 @@ def test_resume_after_the_end_prints_the_table_again(reference, pictures, tmp_pa
 def test_two_processes_give_the_numbers_of_one(pictures, tmp_path, peft):
     """States are gathered and averaged in the same order in every process: equal bit for bit."""
     words = arguments(pictures, "--peft", peft, "--method", "fedpurel,local")
-    finish(start([*words, "--out-dir", str(tmp_path / "one")]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                "--master-port", str(29500 + os.getpid() % 400 + (peft == "lora"))]
-    out, _ = start([*words, "--out-dir", str(tmp_path / "two")],
-                   launcher=torchrun).communicate(timeout=300)
+    finish(start(SCRIPT, [*words, "--out-dir", str(tmp_path / "one")]))
+    launcher = torchrun(offset=peft == "lora")
+    out, _ = start(SCRIPT, [*words, "--out-dir", str(tmp_path / "two")],
+                   launcher=launcher).communicate(timeout=300)
     assert out.count("RESULT") == 1
     assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
@@ -351,16 +325,16 @@ def test_bad_flag_is_one_line(flags, capsys):
 def test_results_are_not_overwritten(reference, pictures):
     folder = reference[0]
     before = (folder / "result.json").read_bytes()
-    _, err = finish(start(arguments(pictures, "--out-dir", folder)), code=2)
+    _, err = finish(start(SCRIPT, arguments(pictures, "--out-dir", folder)), code=2)
     assert "--overwrite" in err and len(err.strip().splitlines()) == 1
-    _, err = finish(start(arguments(pictures, "--out-dir", folder, "--resume", "--beta", "2")),
-                    code=2)
+    words = arguments(pictures, "--out-dir", folder, "--resume", "--beta", "2")
+    _, err = finish(start(SCRIPT, words), code=2)
     assert "beta=1.0" in err and "beta=2.0" in err
     assert (folder / "result.json").read_bytes() == before
 
 
 def test_help_is_the_header_and_every_flag_has_a_text():
-    out, _ = finish(start(["-h"]))
+    out, _ = finish(start(SCRIPT, ["-h"]))
     for words in ("The idea", "Paper map", "DEVIATION 1", "UNSPECIFIED 1", "--no-residual"):
         assert words in out
     assert all(a.help for a in fedpurel.build_parser()._actions)

@@ -1,14 +1,9 @@
 """FedPuReL: equations against independent oracles, fast paths against the plain arrangement."""
-import ast
-import builtins
 import copy
-import dis
 import math
 import os
 import subprocess
 import sys
-import types
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +16,8 @@ import torch.nn.functional as F
 import data
 import fedpurel
 from benchmarks import fedpurel_plain as plain
+from tools import ROOT, foreign_names, paste
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = ["prompt", "lora", "adapter"]
 CLASSES, CLIENT_SIZES, TEST_SIZES = 5, (10, 13, 3), (6, 5, 7)
 
@@ -689,36 +684,6 @@ def test_the_other_methods_of_stage_1_by_hand(method):
 # ================================================================================================
 
 
-def method_section(path):
-    """The source between the banner "# Model" (or "# Method") and "# Train and evaluate"."""
-    lines = Path(path).read_text().splitlines(keepends=True)
-    banners = [i for i, line in enumerate(lines) if line.startswith("# ====")]
-    titles = {lines[i + 1][2:].strip(): i for i in banners[::2]}
-    first = next(i for title, i in titles.items() if title.startswith(("Model", "Method")))
-    last = next(i for title, i in titles.items() if title.startswith("Train and evaluate"))
-    assert first < last
-    return "".join(lines[first:last])
-
-
-def foreign_names(source, allowed):
-    """Global names that a section reads though it neither defines them nor may rely on them."""
-    def read_by(code):
-        names = {i.argval for i in dis.get_instructions(code)
-                 if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-        return names.union(*(read_by(c) for c in code.co_consts if isinstance(c, types.CodeType)))
-
-    defined = set()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.Assign):
-            defined |= {n.id for target in node.targets for n in ast.walk(target)
-                        if isinstance(n, ast.Name)}
-    defined |= {"__name__", "__module__", "__qualname__"}  # every class body reads or sets these
-    read = read_by(compile(source, "section", "exec"))
-    return read - defined - set(dir(builtins)) - allowed
-
-
 def test_foreign_names_are_found():
     source = ("K = 2\ndef f(x):\n    return [torch.exp(x) + common.y + K for _ in range(2)]\n"
               "class A:\n    def g(self, args):\n        return f(args.z) + LIMIT\n")
@@ -727,13 +692,7 @@ def test_foreign_names_are_found():
 
 
 def test_the_method_can_be_pasted_into_other_code():
-    source = method_section(ROOT / "fedpurel.py")
-    allowed = {"torch": torch, "nn": nn, "F": F, "math": math, "copy": copy}
-    assert foreign_names(source, set(allowed)) == set()
-    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert imports == []
-    pasted = dict(allowed)
-    exec(compile(source, "pasted", "exec"), pasted)
+    pasted = paste("fedpurel.py", torch=torch, nn=nn, F=F, math=math, copy=copy)
     z, f = randn(3, 4, seed=1), randn(3, 4, seed=2)
     assert pasted["tkl_loss"](z, f).equal(fedpurel.tkl_loss(z, f))
     assert pasted["purify_gradient"](f, -f).abs().max() < 1e-15
