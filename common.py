@@ -38,6 +38,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import moocore
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -535,3 +536,55 @@ def balancedness(class_accuracy, sigma=0.1):
     a = torch.as_tensor(class_accuracy)
     a = a[~a.isnan()]
     return torch.exp(-((a[:, None] - a[None, :]) ** 2) / (2 * sigma ** 2)).mean().item()
+
+
+def non_dominated(points):
+    """Which points are not dominated by another, all objectives minimised.
+
+    points: (N, m), finite -> (N,) bool tensor. Of equal points the first is kept. Source: moocore.
+    """
+    return torch.from_numpy(moocore.is_nondominated(_array(points)))
+
+
+def hypervolume(points, reference):
+    """Exact volume that `points` dominate inside the box below `reference`; minimisation.
+
+    points: (N, m), reference: (m,) -> float >= 0. Points beyond the reference add nothing. Source:
+    Zitzler and Thiele 1998; computed by moocore.
+    """
+    return float(moocore.hypervolume(_array(points), ref=_array(reference)))
+
+
+def angular_range(points):
+    """How wide a front is spread as seen from the ideal point, in radians: [0, π/2].
+
+    points: (N, m), the ideal point at 0. m = 2: max θ - min θ, θ = atan2(f2, f1). m = 3: the
+    smaller of the spans of arctan(√(f1² + f2²) / f3) and arctan(f2 / f1). NaN for other m. Source:
+    Zhang et al., "Hypervolume Maximization: A Geometric View of Pareto Set Learning", NeurIPS 2023.
+    """
+    f = torch.as_tensor(points)
+    if f.shape[1] == 2:
+        angles = [torch.atan2(f[:, 1], f[:, 0])]
+    elif f.shape[1] == 3:
+        angles = [torch.atan2(f[:, :2].norm(dim=1), f[:, 2]), torch.atan2(f[:, 1], f[:, 0])]
+    else:
+        return float("nan")
+    return min((a.max() - a.min()).item() for a in angles)
+
+
+def sparsity(points):
+    """Mean squared gap between neighbours of a front, summed over objectives: >= 0, 0 is densest.
+
+    1 / (N - 1) Σ_j Σ_i (S_j(i) - S_j(i + 1))² with S_j the sorted j-th objective of the
+    non-dominated points; 0 for one point. points: (N, m). Source: Xu et al., "Prediction-Guided
+    Multi-Objective RL", ICML 2020.
+    """
+    f = torch.as_tensor(points)
+    f = f[non_dominated(f)]
+    if len(f) < 2:
+        return 0.0
+    return (f.sort(0)[0].diff(dim=0) ** 2).sum().item() / (len(f) - 1)
+
+
+def _array(values):
+    return np.ascontiguousarray(torch.as_tensor(values).detach().cpu().double().numpy())

@@ -8,12 +8,17 @@ Clients      `pachinko_partition` (two label levels), `dirichlet_partition`
 Reading      `ImagePool`: images through a transform, in memory when they are small
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
              `encode_once` (image features, cached)
+Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE, the multitask suite MTMO;
+             `reference_front`, `das_dennis`
 """
 import difflib
 import hashlib
 import inspect
+import itertools
 import logging
+import math
 import re
+import runpy
 import tarfile
 import tempfile
 from dataclasses import dataclass, replace
@@ -28,7 +33,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from common import UserError, cache_key, cached, numpy_generator, seed_torch
+from common import (
+    UserError,
+    cache_key,
+    cached,
+    non_dominated,
+    numpy_generator,
+    seed_torch,
+    torch_generator,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Long tails
@@ -830,3 +843,711 @@ def _pretrain(model, pixels, labels, tokens, config, seed, progress):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+
+
+# ------------------------------------------------------------------------------------------------
+# Multi-objective problems
+# ------------------------------------------------------------------------------------------------
+
+
+class Problem:
+    """A box-constrained problem, all objectives minimised: problem(x (..., n)) -> f (..., m).
+
+    x lies in the problem's own bounds [lower, upper] (float64 tensors (n,)), in any floating dtype
+    and on any device; every objective is differentiable almost everywhere and has finite gradients
+    inside the bounds. ideal, nadir: (m,) best and worst values over the Pareto front. hv_nadir:
+    what the authors of CoPSL divide by (they subtract no ideal). front(count): about `count` points
+    (N, m) of the Pareto front where it has a formula, else None. source: where it is defined.
+    """
+
+    def __init__(self, name, function, lower, upper, ideal, nadir, source, hv_nadir=None,
+                 front=None):
+        self.name, self.function, self.source, self.front = name, function, source, front
+        self.lower, self.upper, self.ideal, self.nadir = (
+            torch.as_tensor(v, dtype=torch.float64) for v in (lower, upper, ideal, nadir))
+        self.hv_nadir = self.nadir if hv_nadir is None else \
+            torch.as_tensor(hv_nadir, dtype=torch.float64)
+        self.n_var, self.n_obj = len(self.lower), len(self.nadir)
+
+    def __call__(self, x):
+        return self.function(x)
+
+    def scale(self, unit):
+        """Points of the unit cube (..., n) -> the problem's bounds."""
+        lower, width = (v.to(unit) for v in (self.lower, self.upper - self.lower))
+        return lower + unit * width
+
+
+def _sqrt(x):
+    """√x with gradient 0 instead of infinity at 0."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+def _violation(*constraints):
+    """Σ max(0, -g): what the RE suite makes of constraints g >= 0, its last objective."""
+    return sum((-g).clamp_min(0) for g in constraints)
+
+
+def _rounded(x):
+    """The nearest integer; its gradient is that of x (straight-through)."""
+    return x + (x.round() - x).detach()
+
+
+def _nearest(x, values):
+    """The nearest of `values`; its gradient is that of x (straight-through)."""
+    values = torch.tensor(values).to(x)
+    return x + (values[(x.detach().unsqueeze(-1) - values).abs().argmin(-1)] - x).detach()
+
+
+# -- F1-F6: Lin et al., "Pareto Set Learning for Expensive MOO", NeurIPS 2022, and its code --------
+
+def _f_suite(target_even, target_odd=None, centred=True, fourth_power=False):
+    """f1 = x1 (1 + mean y_odd), f2 = g (1 - √(x1 / g)), g = 1 + mean y_even, y = (x_j - target)².
+
+    target(x1 (..., 1), j (n - 1,), n): where variable j = 2 ... n of the Pareto set lies; centred:
+    variables are stretched to [-1, 1] first. The optimum is f2 = 1 - √f1 in all six.
+    """
+    def evaluate(x):
+        n = x.shape[-1]
+        first, rest = x[..., :1], x[..., 1:]
+        even, odd = (torch.arange(j, n + 1, 2, device=x.device) for j in (2, 3))
+        rest = 2 * rest - 1 if centred else rest
+        y_even = (rest[..., 0::2] - target_even(first, even, n)) ** 2
+        y_odd = (rest[..., 1::2] - (target_odd or target_even)(first, odd, n)) ** 2
+        if fourth_power:  # F6 squares its even terms twice in the authors' code: kept
+            y_even = y_even ** 2
+        x1, g = x[..., 0], 1 + y_even.mean(-1)
+        return torch.stack([x1 * (1 + y_odd.mean(-1)), g * (1 - _sqrt(x1 / g))], -1)
+    return evaluate
+
+
+def _f2_target(x1, j, n):
+    return x1.clamp_min(torch.finfo(x1.dtype).tiny) ** (.5 + 1.5 * (j - 2) / (n - 2))
+
+
+def _wave(x1, j, n):
+    return 4 * math.pi * x1 + j * math.pi / n
+
+
+def _f6_radius(x1, j, n):
+    return .3 * x1 ** 2 * torch.cos(12 * math.pi * x1 + 4 * j * math.pi / n) + .6 * x1
+
+
+def _f6_angle(x1, j, n):
+    return 6 * math.pi * x1 + j * math.pi / n
+
+
+F_SUITE = {
+    "f1": _f_suite(lambda x1, j, n: (2 * x1 - 1) ** 2, centred=False),
+    "f2": _f_suite(_f2_target, centred=False),
+    "f3": _f_suite(lambda x1, j, n: (torch.sin(_wave(x1, j, n)) + 1) / 2, centred=False),
+    "f4": _f_suite(lambda x1, j, n: .8 * x1 * torch.sin(_wave(x1, j, n)),
+                   lambda x1, j, n: .8 * x1 * torch.cos(_wave(x1, j, n))),
+    "f5": _f_suite(lambda x1, j, n: .8 * x1 * torch.sin(_wave(x1, j, n)),
+                   lambda x1, j, n: .8 * x1 * torch.cos(_wave(x1, j, n) / 3)),  # /3 as their code
+    "f6": _f_suite(lambda x1, j, n: _f6_radius(x1, j, n) * torch.sin(_f6_angle(x1, j, n)),
+                   lambda x1, j, n: _f6_radius(x1, j, n) * torch.cos(_f6_angle(x1, j, n)),
+                   fourth_power=True),
+}
+
+
+# -- ZDT (Zitzler et al. 2000), DTLZ (Deb et al. 2002), VLMOP (Van Veldhuizen 1999) ----------------
+
+def zdt(number):
+    """ZDT1, 2, 3, 4 or 6 as f (..., 2); the first variable is in [0, 1]."""
+    def evaluate(x):
+        x1, rest = x[..., 0], x[..., 1:]
+        f1 = x1
+        if number == 4:
+            g = 1 + 10 * rest.shape[-1] + (rest ** 2 - 10 * torch.cos(4 * math.pi * rest)).sum(-1)
+        elif number == 6:
+            f1 = 1 - torch.exp(-4 * x1) * torch.sin(6 * math.pi * x1) ** 6
+            g = 1 + 9 * rest.mean(-1).clamp_min(torch.finfo(x.dtype).tiny) ** .25
+        else:
+            g = 1 + 9 * rest.mean(-1)
+        ratio = f1 / g
+        h = 1 - ratio ** 2 if number in (2, 6) else 1 - _sqrt(ratio)
+        if number == 3:
+            h = h - ratio * torch.sin(10 * math.pi * f1)
+        return torch.stack([f1, g * h], -1)
+    return evaluate
+
+
+def dtlz(number, n_obj):
+    """DTLZ1 (linear front Σ f = 0.5, multimodal g) or DTLZ2 (spherical front) with n_obj >= 2."""
+    def evaluate(x):
+        place, rest = x[..., :n_obj - 1], x[..., n_obj - 1:] - .5
+        if number == 1:
+            g = 100 * (rest.shape[-1] + (rest ** 2 - torch.cos(20 * math.pi * rest)).sum(-1))
+            keep, drop, scale = place, 1 - place, .5 * (1 + g)
+        else:
+            angle = place * math.pi / 2
+            keep, drop, scale = angle.cos(), angle.sin(), 1 + (rest ** 2).sum(-1)
+        ones = torch.ones_like(scale)[..., None]
+        product = torch.cat([ones, keep.cumprod(-1)], -1).flip(-1)  # (..., m)
+        last = torch.cat([ones, drop.flip(-1)], -1)
+        return scale[..., None] * product * last
+    return evaluate
+
+
+def _vlmop1(x):
+    return torch.cat([x ** 2, (x - 2) ** 2], -1)
+
+
+def _vlmop2(x):
+    centre = 1 / math.sqrt(x.shape[-1])
+    return torch.stack([1 - torch.exp(-((x - centre) ** 2).sum(-1)),
+                        1 - torch.exp(-((x + centre) ** 2).sum(-1))], -1)
+
+
+def _vlmop3(x):
+    a, b = x.unbind(-1)
+    square = a ** 2 + b ** 2
+    return torch.stack([.5 * square + torch.sin(square),
+                        (3 * a - 2 * b + 4) ** 2 / 8 + (a - b + 1) ** 2 / 27 + 15,
+                        1 / (square + 1) - 1.1 * torch.exp(-square)], -1)
+
+
+# -- RE: Tanabe and Ishibuchi, "An easy-to-use real-world multi-objective suite", 2020 -------------
+
+REINFORCEMENT = [  # areas of steel bars (RE22), square inches
+    .2, .31, .4, .44, .6, .62, .79, .8, .88, .93, 1, 1.2, 1.24, 1.32, 1.4, 1.55, 1.58, 1.6, 1.76,
+    1.8, 1.86, 2, 2.17, 2.2, 2.37, 2.4, 2.48, 2.6, 2.64, 2.79, 2.8, 3, 3.08, 3.1, 3.16, 3.41, 3.52,
+    3.6, 3.72, 3.95, 3.96, 4, 4.03, 4.2, 4.34, 4.4, 4.65, 4.74, 4.8, 4.84, 5, 5.28, 5.4, 5.53, 5.72,
+    6, 6.16, 6.32, 6.6, 7.11, 7.2, 7.8, 7.9, 8, 8.4, 8.69, 9, 9.48, 10.27, 11, 11.06, 11.85, 12, 13,
+    14, 15]
+WIRE = [  # diameters of spring wire (RE25), inches
+    .009, .0095, .0104, .0118, .0128, .0132, .014, .015, .0162, .0173, .018, .02, .023, .025, .028,
+    .032, .035, .041, .047, .054, .063, .072, .08, .092, .105, .12, .135, .148, .162, .177, .192,
+    .207, .225, .244, .263, .283, .307, .331, .362, .394, .4375, .5]
+
+
+def _re21(x):  # four-bar truss
+    a, b, c, d = x.unbind(-1)
+    root, load = math.sqrt(2), 10 * 200 / 2e5
+    return torch.stack([200 * (2 * a + root * b + c.sqrt() + d),
+                        load * (2 / a + 2 * root / b - 2 * root / c + 2 / d)], -1)
+
+
+def _re22(x):  # reinforced concrete beam; x1 from a list
+    a, b, c = x.unbind(-1)
+    a, b = _nearest(a, REINFORCEMENT), b.clamp_min(1e-9)
+    return torch.stack([29.4 * a + .6 * b * c,
+                        _violation(a * c - 7.735 * a ** 2 / b - 180, 4 - c / b)], -1)
+
+
+def _re23(x):  # pressure vessel; x1, x2 in whole sixteenths of an inch
+    a, b, c, d = x.unbind(-1)
+    a, b = .0625 * _rounded(a), .0625 * _rounded(b)
+    volume = math.pi * c ** 2 * d + 4 / 3 * math.pi * c ** 3
+    cost = .6224 * a * c * d + 1.7781 * b * c ** 2 + 3.1661 * a ** 2 * d + 19.84 * a ** 2 * c
+    return torch.stack(
+        [cost, _violation(a - .0193 * c, b - .00954 * c, volume - 1296000)], -1)
+
+
+def _re24(x):  # hatch cover
+    a, b = x.unbind(-1)
+    bending, shear, stiffness = 4500 / (a * b), 1800 / b, 7e5
+    deflection, buckling = 56.2e4 / (stiffness * a * b ** 2), stiffness * a ** 2 / 100
+    return torch.stack(
+        [a + 120 * b, _violation(1 - bending / 700, 1 - shear / 450, 1 - deflection / 1.5,
+                                 1 - bending / buckling)], -1)
+
+
+def _re25(x):  # coil spring; x1 whole, x3 from a list
+    a, b, c = x.unbind(-1)
+    a, c = _rounded(a), _nearest(c, WIRE)
+    index, load, preload = b / c, 1000., 300.
+    stress = (4 * index - 1) / (4 * index - 4) + .615 * c / b
+    rate = 11.5e6 * c ** 4 / (8 * a * b ** 3)
+    coil = 1.05 * (a + 2) * c
+    length, travel, preset = load / rate + coil, (load - preload) / rate, preload / rate
+    return torch.stack(
+        [math.pi ** 2 * b * c ** 2 * (a + 2) / 4,
+         _violation(189000 - 8 * stress * load * b / (math.pi * c ** 3), 14 - length, index - 3,
+                    6 - preset, length - preset - travel - coil, 1.25 - travel)], -1)
+
+
+def _re31(x):  # two-bar truss
+    a, b, c = x.unbind(-1)
+    long, short = (16 + c ** 2).sqrt(), (1 + c ** 2).sqrt()
+    f1, f2 = a * long + b * short, 20 * long / (a * c)
+    return torch.stack([f1, f2, _violation(.1 - f1, 1e5 - f2, 1e5 - 80 * short / (c * b))], -1)
+
+
+def _re32(x):  # welded beam
+    a, b, c, d = x.unbind(-1)
+    load, length, young, shear = 6000., 14., 30e6, 12e6
+    half = ((a + c) / 2) ** 2
+    radius = (b ** 2 / 4 + half).sqrt()
+    moment = load * (length + b / 2)
+    inertia = 2 * math.sqrt(2) * a * b * (b ** 2 / 12 + half)
+    direct, torsion = load / (math.sqrt(2) * a * b), moment * radius / inertia
+    tau = (direct ** 2 + direct * torsion * b / radius + torsion ** 2).sqrt()
+    sigma = 6 * load * length / (d * c ** 2)
+    buckling = 4.013 * young * c * d ** 3 / (6 * length ** 2)
+    buckling = buckling * (1 - c / (2 * length) * math.sqrt(young / (4 * shear)))
+    return torch.stack(
+        [1.10471 * a ** 2 * b + .04811 * c * d * (14 + b),
+         4 * load * length ** 3 / (young * d * c ** 3),
+         _violation(13600 - tau, 30000 - sigma, d - a, buckling - load)], -1)
+
+
+def _re33(x):  # disc brake
+    a, b, c, d = x.unbind(-1)
+    square, cube = b ** 2 - a ** 2, b ** 3 - a ** 3
+    return torch.stack(
+        [4.9e-5 * square * (d - 1), 9.82e6 * square / (c * d * cube),
+         _violation(b - a - 20, .4 - c / (3.14 * square), 1 - 2.22e-3 * c * cube / square ** 2,
+                    2.66e-2 * c * d * cube / square - 900)], -1)
+
+
+def _re34(x):  # vehicle crashworthiness
+    a, b, c, d, e = x.unbind(-1)
+    mass = 1640.2823 + 2.3573285 * a + 2.3220035 * b + 4.5688768 * c + 7.7213633 * d + 4.4559504 * e
+    acceleration = 6.5856 + 1.15 * a - 1.0427 * b + .9738 * c + .8364 * d - .3695 * a * d \
+        + .0861 * a * e + .3628 * b * d - .1106 * a ** 2 - .3437 * c ** 2 + .1764 * d ** 2
+    intrusion = -.0551 + .0181 * a + .1024 * b + .0421 * c - .0073 * a * b + .024 * b * c \
+        - .0118 * b * d - .0204 * c * d - .008 * c * e - .0241 * b ** 2 + .0109 * d ** 2
+    return torch.stack([mass, acceleration, intrusion], -1)
+
+
+def _re35(x):  # speed reducer; x3 whole
+    a, b, c, d, e, f, g = x.unbind(-1)
+    c = _rounded(c)
+    weight = .7854 * a * b ** 2 * (10 * c ** 2 / 3 + 14.933 * c - 43.0934) \
+        - 1.508 * a * (f ** 2 + g ** 2) + 7.477 * (f ** 3 + g ** 3) + .7854 * (d * f ** 2
+                                                                              + e * g ** 2)
+    stress = ((745 * d / (b * c)) ** 2 + 1.69e7).sqrt() / (.1 * f ** 3)
+    second = ((745 * e / (b * c)) ** 2 + 1.575e8).sqrt() / (.1 * g ** 3)
+    return torch.stack(
+        [weight, stress,
+         _violation(1 - 27 / (a * b ** 2 * c), 1 - 397.5 / (a * b ** 2 * c ** 2),
+                    1 - 1.93 * d ** 3 / (b * c * f ** 4), 1 - 1.93 * e ** 3 / (b * c * g ** 4),
+                    40 - b * c, 12 - a / b, a / b - 5, d - 1.5 * f - 1.9, e - 1.1 * g - 1.9,
+                    1300 - stress, 1100 - second)], -1)
+
+
+def _re36(x):  # gear train; all whole
+    teeth = _rounded(x)
+    a, b, c, d = teeth.unbind(-1)
+    error = (6.931 - c / a * d / b).abs()
+    return torch.stack([error, teeth.amax(-1), _violation(.5 - error / 6.931)], -1)
+
+
+def _re37(x):  # rocket injector
+    a, h, o, p = x.unbind(-1)
+    f1 = .692 + .477 * a - .687 * h - .08 * o - .065 * p - .167 * a ** 2 - .0129 * h * a \
+        + .0796 * h ** 2 - .0634 * o * a - .0257 * o * h + .0877 * o ** 2 - .0521 * p * a \
+        + .00156 * p * h + .00198 * p * o + .0184 * p ** 2
+    f2 = .153 - .322 * a + .396 * h + .424 * o + .0226 * p + .175 * a ** 2 + .0185 * h * a \
+        - .0701 * h ** 2 - .251 * o * a + .179 * o * h + .015 * o ** 2 + .0134 * p * a \
+        + .0296 * p * h + .0752 * p * o + .0192 * p ** 2
+    f3 = .37 - .205 * a + .0307 * h + .108 * o + 1.019 * p - .135 * a ** 2 + .0141 * h * a \
+        + .0998 * h ** 2 + .208 * o * a - .0301 * o * h - .226 * o ** 2 + .353 * p * a \
+        - .0497 * p * o - .423 * p ** 2 + .202 * h * a ** 2 - .281 * o * a ** 2 \
+        - .342 * h ** 2 * a - .245 * h ** 2 * o + .281 * o ** 2 * h - .184 * p ** 2 * a \
+        - .281 * h * a * o
+    return torch.stack([f1, f2, f3], -1)
+
+
+def _re41(x):  # car side impact
+    a, b, c, d, e, f, g = x.unbind(-1)
+    weight = 1.98 + 4.9 * a + 6.67 * b + 6.98 * c + 4.01 * d + 1.78 * e + 1e-5 * f + 2.73 * g
+    force = 4.72 - .5 * d - .19 * b * c
+    pillar = 10.58 - .674 * a * b - .67275 * b
+    door = 16.45 - .489 * c * g - .843 * e * f
+    violation = _violation(
+        1 - (1.16 - .3717 * b * d - .0092928 * c),
+        .32 - (.261 - .0159 * a * b - .06486 * a - .019 * b * g + .0144 * c * e + .0154464 * f),
+        .32 - (.214 + .00817 * e - .045195 * a - .0135168 * a + .03099 * b * f - .018 * b * g
+               + .007176 * c + .023232 * c - .00364 * e * f - .018 * b ** 2),
+        .32 - (.74 - .61 * b - .031296 * c - .031872 * g + .227 * b ** 2),
+        32 - (28.98 + 3.818 * c - 4.2 * a * b + 1.27296 * f - 2.68065 * g),
+        32 - (33.86 + 2.95 * c - 5.057 * a * b - 3.795 * b - 3.4431 * g + 1.45728),
+        32 - (46.36 - 9.9 * b - 4.4505 * a), 4 - force, 9.9 - pillar, 15.7 - door)
+    return torch.stack([weight, force, .5 * (pillar + door), violation], -1)
+
+
+def _re42(x):  # bulk carrier: length, breadth, depth, draft, knots, block coefficient
+    length, breadth, depth, draft, knots, block = x.unbind(-1)
+    displacement = 1.025 * length * breadth * draft * block
+    froude = .5144 * knots / (9.8065 * length).sqrt()
+    a = 4977.06 * block ** 2 - 8105.61 * block + 4456.51
+    b = -10847.2 * block ** 2 + 12817 * block - 6960.32
+    power = displacement ** (2 / 3) * knots ** 3 / (a + b * froude)
+    outfit = length ** .8 * breadth ** .6 * depth ** .3 * block ** .1
+    steel = .034 * length ** 1.7 * breadth ** .7 * depth ** .4 * block ** .5
+    light = steel + outfit + .17 * power ** .9
+    capital = .2 * 1.3 * (2000 * steel ** .85 + 3500 * outfit + 2400 * power ** .8)
+    dead = displacement - light
+    sea_days = 5000 / 24 * knots  # the suite multiplies where it should divide: kept
+    daily = .19 * power * 24 / 1000 + .2
+    cargo = dead - daily * (sea_days + 5) - 2 * dead ** .5
+    trips = 350 / (sea_days + 2 * (cargo / 8000 + .5))
+    voyage = (1.05 * daily * sea_days * 100 + 6.3 * dead ** .8) * trips
+    annual = cargo * trips
+    stability = .53 * draft + (.085 * block - .002) * breadth ** 2 / (draft * block) \
+        - (1 + .52 * depth)
+    return torch.stack(
+        [(capital + 40000 * dead ** .3 + voyage) / annual, light, -annual,
+         _violation(length / breadth - 6, 15 - length / depth, 19 - length / draft,
+                    .45 * dead ** .31 - draft, .7 * depth + .7 - draft, 50000 - dead, dead - 3000,
+                    .32 - froude, stability - .07 * breadth)], -1)
+
+
+def _re61(x):  # water resource planning
+    a, b, c = x.unbind(-1)
+    flow = a * b
+    return torch.stack(
+        [106780.37 * (b + c) + 61704.67, 3000 * a, 305700 * 2289 * b / (.06 * 2289) ** .65,
+         250 * 2289 * torch.exp(-39.75 * b + 9.9 * c + 2.74), 25 * (1.39 / flow + 4940 * c - 80),
+         _violation(1 - (.00139 / flow + 4.94 * c - .08), 1 - (.000306 / flow + 1.082 * c - .0986),
+                    50000 - (12.307 / flow + 49408.24 * c + 4051.02),
+                    16000 - (2.098 / flow + 8046.33 * c - 696.71),
+                    10000 - (2.138 / flow + 7883.39 * c - 705.04),
+                    2000 - (.417 * flow + 1721.26 * c - 136.54),
+                    550 - (.164 / flow + 631.13 * c - 54.48))], -1)
+
+
+def _re91(noise):
+    """Car cab design (Deb et al. 2009). x8-x11 are random: at their means, or seeded draws."""
+    def evaluate(x):
+        a, b, c, d, e, f, g = x.unbind(-1)
+        h, i, j, k = .345, .192, 0., 0.
+        if noise is not None:
+            deviations = torch.tensor([.006, .006, 10, 10], dtype=torch.float64)
+            drawn = torch.randn(*x.shape[:-1], 4, generator=noise, dtype=torch.float64)
+            h, i, j, k = ((drawn * deviations).to(x) + torch.tensor([h, i, j, k]).to(x)).unbind(-1)
+        weight = 1.98 + 4.9 * a + 6.67 * b + 6.98 * c + 4.01 * d + 1.75 * e + 1e-5 * f + 2.73 * g
+        abdomen = 1.16 - .3717 * b * d - .00931 * b * j - .484 * c * i + .01343 * f * j
+        upper = .261 - .0159 * a * b - .188 * a * h - .019 * b * g + .0144 * c * e \
+            + .0008757 * e * j + .08045 * f * i + .00139 * i * k + .00001575 * j * k
+        middle = .214 + .00817 * e - .131 * a * h - .0704 * a * i + .03099 * b * f - .018 * b * g \
+            + .0208 * c * h + .121 * c * i - .00364 * e * f + .0007715 * e * j - .0005354 * f * j \
+            + .00121 * h * k + .00184 * i * j - .018 * b ** 2
+        lower = .74 - .61 * b - .163 * c * h + .001232 * c * j - .166 * g * i + .227 * b ** 2
+        ribs = (28.98 + 3.818 * c - 4.2 * a * b + .0207 * e * j + 6.63 * f * i - 7.77 * g * h
+                + .32 * i * j) \
+            + (33.86 + 2.95 * c + .1792 * j - 5.057 * a * b - 11 * b * h - .0215 * e * j
+               - 9.98 * g * h + 22 * h * i) + (46.36 - 9.9 * b - 12.9 * a * h + .1107 * c * j)
+        force = 4.72 - .5 * d - .19 * b * c - .0122 * d * j + .009325 * f * j + .000191 * k ** 2
+        pillar = 10.58 - .674 * a * b - 1.95 * b * h + .02054 * c * j - .0198 * d * j \
+            + .028 * f * j
+        door = 16.45 - .489 * c * g - .843 * e * f + .0432 * i * j - .0556 * i * k \
+            - .000786 * k ** 2
+        ratios = [abdomen, upper / .32, middle / .32, lower / .32, ribs / 96, force / 4,
+                  pillar / 9.9, door / 15.7]
+        return torch.stack([weight, *(r.clamp_min(0) for r in ratios)], -1)
+    return evaluate
+
+
+# -- MTMO: Yuan et al., "Evolutionary multitasking for multiobjective optimization" (CEC 2017) ------
+
+def _sphere(z):
+    return (z ** 2).sum(-1)
+
+
+def _mean(z):
+    return 9 * z.abs().mean(-1)
+
+
+def _rosenbrock(z):
+    return (100 * (z[..., :-1] ** 2 - z[..., 1:]) ** 2 + (1 - z[..., :-1]) ** 2).sum(-1)
+
+
+def _rastrigin(z):
+    return (z ** 2 - 10 * torch.cos(2 * math.pi * z) + 10).sum(-1)
+
+
+def _ackley(z):
+    root = _sqrt((z ** 2).mean(-1))
+    return 20 + math.e - 20 * torch.exp(-.2 * root) - torch.exp(torch.cos(2 * math.pi * z).mean(-1))
+
+
+def _griewank(z):
+    divisor = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype).sqrt()
+    return 1 + (z ** 2).sum(-1) / 4000 - torch.cos(z / divisor).prod(-1)
+
+
+# name: (variables in z, their bound, g, front, s, matrix); s: [(how many, where the optimum lies)]
+MTMO = {
+    "cihs1": (49, 100, _sphere, "circle", 0, None),
+    "cihs2": (49, 100, _mean, "concave", 0, None),
+    "cims1": (9, 5, _rosenbrock, "concave", 0, None),
+    "cims2": (9, 5, _mean, "circle", 1, "cims2"),
+    "cils1": (49, 2, _rastrigin, "circle", 0, None),
+    "cils2": (49, 1, _ackley, "convex", 0, None),
+    "pihs1": (49, 100, _sphere, "convex", 0, None),
+    "pihs2": (49, 100, _rastrigin, "convex", [(39, 0), (10, .1)], None),
+    "pims1": (49, (0, 1), _sphere, "circle", [(24, 0), (25, .2)], "pims1"),
+    "pims2": (49, (0, 1), _rastrigin, "concave", 0, "pims2"),
+    "pils1": (49, 50, _griewank, "circle", 0, None),
+    "pils2": (49, 100, _ackley, "circle", [(24, 0), (25, 20)], None),
+    "nihs1": (49, 80, _rosenbrock, "circle", 0, None),
+    "nihs2": (49, 80, _sphere, "convex", 0, None),
+    "nims1": (18, 20, _rosenbrock, "sphere", 0, None),
+    "nims2": (18, 20, _sphere, "concave2", 0, "nims2"),
+    "nils1": (23, 50, _griewank, "sphere", 20, None),
+    "nils2": (48, 100, _ackley, "concave2", 0, None),
+}
+
+
+def _mtmo_front(kind, x, q):
+    """Objectives of the position variables x (..., 1 or 2) and the distance q >= 1 (...)."""
+    if kind == "circle":
+        angle = x[..., 0] * math.pi / 2
+        return q[..., None] * torch.stack([angle.cos(), angle.sin()], -1)
+    if kind == "sphere":
+        a, b = (x * math.pi / 2).unbind(-1)
+        return q[..., None] * torch.stack([a.cos() * b.cos(), a.cos() * b.sin(), a.sin()], -1)
+    f1 = x.mean(-1)  # concave2 (NIMS and NILS, second tasks) has two position variables
+    return torch.stack([f1, q * (1 - (_sqrt(f1 / q) if kind == "convex" else (f1 / q) ** 2))], -1)
+
+
+def mtmo_matrix(name, size, data_dir, seed=0):
+    """The competition's rotation `name` (size, size) from data_dir/mtmo/name.txt, float64.
+
+    Without the file a seeded Gaussian matrix / √size stands in. -> (matrix, whether it was found).
+    UserError when the file holds something else.
+    """
+    path = Path(data_dir) / "mtmo" / f"{name}.txt"
+    if not path.exists():
+        drawn = numpy_generator(seed, "mtmo", name).normal(size=(size, size)) / math.sqrt(size)
+        return torch.from_numpy(drawn), False
+    try:
+        matrix = np.loadtxt(path)
+    except ValueError:
+        matrix = np.empty(0)
+    if matrix.shape != (size, size):
+        raise UserError(f"{path} must hold {size} x {size} plain numbers, blanks between them")
+    return torch.from_numpy(matrix), True
+
+
+def _mtmo(name, data_dir, seed, shift):
+    """A task of MTMO; `shift` moves the optimum of z by a seeded draw in ± shift · (half width)."""
+    count, bound, g, front, offset, matrix = MTMO[name]
+    lower, upper = bound if isinstance(bound, tuple) else (-bound, bound)
+    if isinstance(offset, list):
+        offset = [where for many, where in offset for _ in range(many)]
+    offset = torch.as_tensor(offset, dtype=torch.float64).expand(count)
+    drawn = numpy_generator(seed, "mtmo-shift", name).uniform(-1, 1, count)
+    offset = offset + shift * (upper - lower) / 2 * torch.from_numpy(drawn)
+    rotation = mtmo_matrix(matrix, count, data_dir, seed)[0] if matrix else None
+    places = 2 if front in ("sphere", "concave2") else 1
+
+    def evaluate(x):
+        z = x[..., places:] - offset.to(x)
+        if rotation is not None:
+            z = z @ rotation.T.to(x)
+        return _mtmo_front(front, x[..., :places], 1 + g(z))
+
+    n_obj = 3 if front == "sphere" else 2
+
+    def pareto(count):
+        side = count if places == 1 else round(math.sqrt(count))
+        if front == "sphere":
+            return _mtmo_front(front, _grid(side, 2), torch.ones(side ** 2, dtype=torch.float64))
+        line = _grid(count, 1)
+        return _mtmo_front(front, line, torch.ones(count, dtype=torch.float64))
+
+    return Problem(name, evaluate, [0] * places + [lower] * count, [1] * places + [upper] * count,
+                   [0] * n_obj, [1] * n_obj, "CEC 2017 multitask suite (Yuan et al.)", front=pareto)
+
+
+def _grid(side, dimensions):
+    """An even grid of the unit cube: (side^dimensions, dimensions) float64."""
+    lines = [torch.linspace(0, 1, side, dtype=torch.float64)] * dimensions
+    return torch.cartesian_prod(*lines).reshape(-1, dimensions)
+
+
+# -- Looking problems up ---------------------------------------------------------------------------
+
+def _curve(shape, low=0.0, high=1.0):
+    """A front f2 = shape(f1) over f1 in [low, high], as a function of the number of points."""
+    def front(count):
+        f1 = torch.linspace(low, high, count, dtype=torch.float64)
+        return torch.stack([f1, shape(f1)], -1)
+    return front
+
+
+def _zdt3_front(count):
+    """The five pieces of ZDT3's front."""
+    pieces = [(0, .0830015), (.1822287, .2577624), (.4093137, .4538821), (.6183967, .6525117),
+              (.8233318, .8518329)]
+    length = sum(b - a for a, b in pieces)
+    return torch.cat([_curve(lambda a: 1 - a ** .5 - a * torch.sin(10 * math.pi * a), a, b)(
+        max(2, round(count * (b - a) / length))) for a, b in pieces])
+
+
+def _dtlz_front(number, n_obj):
+    def front(count):
+        points = das_dennis(n_obj, count)
+        return points / 2 if number == 1 else F.normalize(points, dim=-1)
+    return front
+
+
+def das_dennis(n_obj, count):
+    """About `count` evenly spread points of the simplex (N, n_obj), float64, with edges.
+
+    N is the largest number of the form C(p + m - 1, m - 1) that is <= count (and at least m).
+    Source: Das and Dennis, 1998.
+    """
+    parts = 1
+    while math.comb(parts + n_obj, n_obj - 1) <= count:
+        parts += 1
+    bars = itertools.combinations(range(parts + n_obj - 1), n_obj - 1)
+    cuts = torch.tensor([(-1, *b, parts + n_obj - 1) for b in bars], dtype=torch.float64)
+    return (cuts.diff(dim=-1) - 1) / parts
+
+
+SIDE_IMPACT = ([.5, .45, .5, .5, .875, .4, .4], [1.5, 1.35, 1.5, 1.5, 2.625, 1.2, 1.2])
+
+
+def _simple_problems():
+    """name -> the arguments of Problem after its name, for all problems without options."""
+    wide = [3, 3, 3, 3]
+    lin, zdt_source, dtlz_source, vlmop_source, suite = (
+        "Lin et al. 2022 (PSL-MOBO)", "Zitzler et al. 2000", "Deb et al. 2002",
+        "Van Veldhuizen 1999, bounds of Lin et al. 2022", "RE suite, Tanabe and Ishibuchi 2020")
+    found = {name: (f, [0] * 6, [1] * 6, [0, 0], [1, 1], lin, None, _curve(lambda a: 1 - a ** .5))
+             for name, f in F_SUITE.items()}
+    shapes = {1: lambda a: 1 - a ** .5, 2: lambda a: 1 - a ** 2, 4: lambda a: 1 - a ** .5,
+              6: lambda a: 1 - a ** 2}
+    for k, n in ((1, 30), (2, 30), (3, 30), (4, 10), (6, 10)):
+        low, high = (-5, 5) if k == 4 else (0, 1)
+        ideal = {3: [0, -.7733690], 6: [.2807753, 0]}.get(k, [0, 0])
+        nadir = {3: [.8518329, 1], 6: [1, .9211653]}.get(k, [1, 1])
+        front = _zdt3_front if k == 3 else _curve(shapes[k], ideal[0])
+        found[f"zdt{k}"] = (zdt(k), [0] + [low] * (n - 1), [1] + [high] * (n - 1), ideal, nadir,
+                            zdt_source, None, front)
+    for k, m in itertools.product((1, 2), (2, 3, 4, 5)):
+        n = m + (4 if k == 1 else 9)  # the authors' 5 and 10 variables beside the place
+        found[f"dtlz{k}-{m}"] = (dtlz(k, m), [0] * n, [1] * n, [0] * m, [.5 if k == 1 else 1] * m,
+                                 dtlz_source, None, _dtlz_front(k, m))
+    top = 1 - math.exp(-4)
+    found |= {
+        "vlmop1": (_vlmop1, [-2], [4], [0, 0], [4, 4], vlmop_source, None,
+                   lambda count: _vlmop1(torch.linspace(0, 2, count, dtype=torch.float64)[:, None])),
+        "vlmop2": (_vlmop2, [-2] * 6, [2] * 6, [0, 0], [top, top], vlmop_source, [1, 1],
+                   lambda count: _vlmop2(torch.linspace(-1, 1, count, dtype=torch.float64)[:, None]
+                                         .expand(-1, 6) / 6 ** .5)),
+        "vlmop3": (_vlmop3, [-3] * 2, [3] * 2, [0, 15, -.1], [8.25, 17.07, .2], vlmop_source,
+                   [10, 60, 1]),
+        "re21": (_re21, [1, 2 ** .5, 2 ** .5, 1], wide, [1237.8414230005742, .002761423749158419],
+                 [2886.3695604236013, .04], suite),
+        "re22": (_re22, [.2, 0, 0], [15, 20, 40], [5.88, 0], [361.262944647, 180.01547], suite),
+        "re23": (_re23, [1, 1, 10, 10], [100, 100, 200, 240], [15.9018007813, 0],
+                 [5852.05896876, 1288669.78054], suite),
+        "re24": (_re24, [.5, .5], [4, 50], [60.5, 0], [481.608088535, 44.2819047619], suite),
+        "re25": (_re25, [1, .6, .09], [70, 3, .5], [.037591349242869145, 0],
+                 [.40397042546, 2224669.22419], suite),
+        "re31": (_re31, [1e-5, 1e-5, 1], [100, 100, 3], [5.53731918799e-05, .333333333333, 0],
+                 [500.002668442, 8246211.25124, 19359919.7502], suite),
+        "re32": (_re32, [.125, .1, .1, .125], [5, 10, 10, 5], [.0102055, .00043904, 0],
+                 [37.7831517014, 17561.6, 425062976.628], suite),
+        "re33": (_re33, [55, 75, 1000, 11], [80, 110, 3000, 20], [-.721525, 1.13907203907, 0],
+                 [5.3067, 3.12833430979, 25], suite),
+        "re34": (_re34, [1] * 5, wide + [3], [1661.7078225, 6.14280000608, .0394],
+                 [1695.2002035, 10.7454, .264], suite, [1695.2002035, 11.81994, .2904]),
+        "re35": (_re35, [2.6, .7, 17, 7.3, 7.3, 2.9, 5], [3.6, .8, 28, 8.3, 8.3, 3.9, 5.5],
+                 [2352.34645, 694.233588, 0], [6704.53, 1696.455, 397.68], suite),
+        "re36": (_re36, [12] * 4, [60] * 4, [0, 12, 0], [5.931, 56, .355720675227], suite),
+        "re37": (_re37, [0] * 4, [1] * 4, [.00889341391106, .00488, -.431499999825],
+                 [.98949120096, .956587924661, .987530948586], suite),
+        "re41": (_re41, *SIDE_IMPACT, [15.576004, 3.58525, 10.61064375, 0],
+                 [39.2905121788, 4.42725, 13.09138125, 9.49401929991], suite),
+        "re42": (_re42, [150, 20, 13, 10, 14, .63], [274.32, 32.31, 25, 11.71, 18, .75],
+                 [-2756.25904006, 3962.55784323, 1947.88085693, 0],
+                 [-1010.52295952, 13827.1384563, 2611.96681074, 12.437669929732], suite),
+        "re61": (_re61, [.01] * 3, [.45, .1, .1],
+                 [63840.2774, 30, 285346.896494, 183749.967061, 7.22222222222, 0],
+                 [83060.744, 1350, 2853468.96494, 7076861.67064, 87748.6339553, 2.50994535821],
+                 suite),
+    }
+    return found
+
+
+RE91_RANGE = ([15.5498, .2679, .3538, .3181, .6488, .6593, .8963, .8391, .8226],
+              [42.6893, 1.0299, .9275, .7815, 1.4706, 1.1398, 1.1068, 1.0228, 1.0227])
+_SIMPLE = _simple_problems()
+PROBLEMS = sorted([*_SIMPLE, "re91", *MTMO])
+
+
+def get_problem(name, data_dir="data", seed=0, shift=0.0, noise=False):
+    """The Problem `name`, one of PROBLEMS (any case) or "file.py:Name" for the user's own.
+
+    data_dir: where mtmo/*.txt may lie; shift: see _mtmo (MTMO only, a fraction of half the width);
+    noise: RE91's four random variables are drawn at every call from `seed`, else at their means.
+    UserError: unknown name (the message lists what exists), a file that does not fit.
+    """
+    if ".py:" in name:
+        return _own_problem(name)
+    name = name.lower()
+    if name in _SIMPLE:
+        return Problem(name, *_SIMPLE[name])
+    if name in MTMO:
+        return _mtmo(name, data_dir, seed, shift)
+    if name == "re91":
+        generator = torch_generator(seed, "re91-noise") if noise else None
+        return Problem(name, _re91(generator), *SIDE_IMPACT, *RE91_RANGE,
+                       "Deb et al. 2009; ideal and nadir: extremes of the objectives at zero noise")
+    raise UserError(f"the problem {name!r} is unknown; there are {', '.join(PROBLEMS)} and "
+                    "FILE.py:NAME for your own")
+
+
+def _own_problem(spec):
+    """A callable (..., n) -> (..., m) with lower, upper, n_obj and, if it has them, ideal, nadir.
+
+    Without these they come from 20,000 random points: minimum, and maximum of the non-dominated.
+    """
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--problems {spec}: there is no file {path}")
+    try:
+        found = runpy.run_path(path)[name]
+        found = found() if isinstance(found, type) else found
+        lower, upper, n_obj = found.lower, found.upper, int(found.n_obj)
+        own = Problem(name, found, lower, upper, [0] * n_obj, [1] * n_obj, path)
+        x = own.scale(torch.from_numpy(numpy_generator(0, "own").random((20000, own.n_var))))
+        f = own(x)
+    except Exception as error:  # anything can go wrong in a user's file
+        raise UserError(
+            f"--problems {spec}: expected a callable (N, n) -> (N, m) with lower, upper and n_obj; "
+            f"got {type(error).__name__}: {error}") from None
+    if f.shape != (len(x), n_obj) or not torch.isfinite(f).all() or len(own.upper) != own.n_var \
+            or not (own.lower < own.upper).all():
+        raise UserError(f"--problems {spec}: expected lower < upper and finite values of shape "
+                        f"({len(x)}, {n_obj}); got shape {tuple(f.shape)}")
+    best = f[non_dominated(f)]
+    own.ideal = torch.as_tensor(getattr(found, "ideal", best.amin(0)), dtype=torch.float64)
+    own.nadir = torch.as_tensor(getattr(found, "nadir", best.amax(0)), dtype=torch.float64)
+    own.hv_nadir, own.front = own.nadir, getattr(found, "front", None)
+    return own
+
+
+def reference_front(problem, count=1000, steps=1000):
+    """Points (N, m) of the Pareto front: the formula where there is one, else a long search.
+
+    The search optimises `count` solutions directly, without any network: each minimises the smooth
+    Tchebycheff value (μ = 0.02) of its own Das-Dennis preference by Adam, from a spread start; what
+    is not dominated is kept. Deterministic.
+    """
+    if problem.front is not None:
+        return problem.front(count).detach()
+    preferences = das_dennis(problem.n_obj, count).clamp_min(1e-4)
+    start = numpy_generator(0, "reference", problem.name).normal(
+        size=(len(preferences), problem.n_var))
+    u = torch.from_numpy(start).requires_grad_()
+    optimizer = torch.optim.Adam([u], lr=.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        f = (problem(problem.scale(u.sigmoid())) - problem.ideal) / (problem.nadir - problem.ideal)
+        loss = torch.logsumexp(preferences * f / .02, -1).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        f = problem(problem.scale(u.sigmoid()))
+    return f[non_dominated(f)]
