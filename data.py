@@ -1192,7 +1192,7 @@ def _re42(x):  # bulk carrier: length, breadth, depth, draft, knots, block coeff
     return torch.stack(
         [(capital + 40000 * dead ** .3 + voyage) / annual, light, -annual,
          _violation(length / breadth - 6, 15 - length / depth, 19 - length / draft,
-                    .45 * dead ** .31 - draft, .7 * depth + .7 - draft, 50000 - dead, dead - 3000,
+                    .45 * dead ** .31 - draft, .7 * depth + .7 - draft, 500000 - dead, dead - 3000,
                     .32 - froude, stability - .07 * breadth)], -1)
 
 
