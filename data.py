@@ -895,7 +895,7 @@ def _rounded(x):
 
 def _nearest(x, values):
     """The nearest of `values`; its gradient is that of x (straight-through)."""
-    values = torch.tensor(values).to(x)
+    values = torch.tensor(values, dtype=torch.float64).to(x)
     return x + (values[(x.detach().unsqueeze(-1) - values).abs().argmin(-1)] - x).detach()
 
 
@@ -1216,9 +1216,10 @@ def _re91(noise):
         a, b, c, d, e, f, g = x.unbind(-1)
         h, i, j, k = .345, .192, 0., 0.
         if noise is not None:
-            deviations = torch.tensor([.006, .006, 10, 10], dtype=torch.float64)
+            means, deviations = torch.tensor([[h, i, j, k], [.006, .006, 10, 10]],
+                                             dtype=torch.float64)
             drawn = torch.randn(*x.shape[:-1], 4, generator=noise, dtype=torch.float64)
-            h, i, j, k = ((drawn * deviations).to(x) + torch.tensor([h, i, j, k]).to(x)).unbind(-1)
+            h, i, j, k = (means + deviations * drawn).to(x).unbind(-1)
         weight = 1.98 + 4.9 * a + 6.67 * b + 6.98 * c + 4.01 * d + 1.75 * e + 1e-5 * f + 2.73 * g
         abdomen = 1.16 - .3717 * b * d - .00931 * b * j - .484 * c * i + .01343 * f * j
         upper = .261 - .0159 * a * b - .188 * a * h - .019 * b * g + .0144 * c * e \
