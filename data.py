@@ -1095,7 +1095,8 @@ def _re32(x):  # welded beam
 
 def _re33(x):  # disc brake
     a, b, c, d = x.unbind(-1)
-    square, cube = b ** 2 - a ** 2, b ** 3 - a ** 3
+    gap = torch.where((b - a).abs() < 1e-6, 1e-6, b - a)  # finite also where b = a
+    square, cube = gap * (a + b), gap * (a ** 2 + a * b + b ** 2)
     return torch.stack(
         [4.9e-5 * square * (d - 1), 9.82e6 * square / (c * d * cube),
          _violation(b - a - 20, .4 - c / (3.14 * square), 1 - 2.22e-3 * c * cube / square ** 2,
