@@ -1321,7 +1321,7 @@ def mtmo_matrix(name, size, data_dir, seed=0):
         matrix = np.loadtxt(path)
     except ValueError:
         matrix = np.empty(0)
-    if matrix.shape != (size, size):
+    if matrix.shape != (size, size) or not np.isfinite(matrix).all():
         raise UserError(f"{path} must hold {size} x {size} plain numbers, blanks between them")
     return torch.from_numpy(matrix), True
 
