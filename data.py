@@ -1244,7 +1244,7 @@ def _re91(noise):
     return evaluate
 
 
-# -- MTMO: Yuan et al., "Evolutionary multitasking for multiobjective optimization" (CEC 2017) ------
+# -- MTMO: Yuan et al., "Evolutionary multitasking for multiobjective optimization" (CEC 2017) -----
 
 def _sphere(z):
     return (z ** 2).sum(-1)
@@ -1430,10 +1430,9 @@ def _simple_problems():
     top = 1 - math.exp(-4)
     found |= {
         "vlmop1": (_vlmop1, [-2], [4], [0, 0], [4, 4], vlmop_source, None,
-                   lambda count: _vlmop1(torch.linspace(0, 2, count, dtype=torch.float64)[:, None])),
+                   lambda count: _vlmop1(2 * _grid(count, 1))),
         "vlmop2": (_vlmop2, [-2] * 6, [2] * 6, [0, 0], [top, top], vlmop_source, [1, 1],
-                   lambda count: _vlmop2(torch.linspace(-1, 1, count, dtype=torch.float64)[:, None]
-                                         .expand(-1, 6) / 6 ** .5)),
+                   lambda count: _vlmop2((2 * _grid(count, 1) - 1).expand(-1, 6) / 6 ** .5)),
         "vlmop3": (_vlmop3, [-3] * 2, [3] * 2, [0, 15, -.1], [8.25, 17.07, .2], vlmop_source,
                    [10, 60, 1]),
         "re21": (_re21, [1, 2 ** .5, 2 ** .5, 1], wide, [1237.8414230005742, .002761423749158419],
@@ -1450,7 +1449,7 @@ def _simple_problems():
                  [37.7831517014, 17561.6, 425062976.628], suite),
         "re33": (_re33, [55, 75, 1000, 11], [80, 110, 3000, 20], [-.721525, 1.13907203907, 0],
                  [5.3067, 3.12833430979, 25], suite),
-        "re34": (_re34, [1] * 5, wide + [3], [1661.7078225, 6.14280000608, .0394],
+        "re34": (_re34, [1] * 5, [*wide, 3], [1661.7078225, 6.14280000608, .0394],
                  [1695.2002035, 10.7454, .264], suite, [1695.2002035, 11.81994, .2904]),
         "re35": (_re35, [2.6, .7, 17, 7.3, 7.3, 2.9, 5], [3.6, .8, 28, 8.3, 8.3, 3.9, 5.5],
                  [2352.34611145, 694.233587469, 0],
