@@ -1335,6 +1335,9 @@ def _mtmo(name, data_dir, seed, shift):
     offset = torch.as_tensor(offset, dtype=torch.float64).expand(count)
     drawn = numpy_generator(seed, "mtmo-shift", name).uniform(-1, 1, count)
     offset = offset + shift * (upper - lower) / 2 * torch.from_numpy(drawn)
+    one = 1 if g is _rosenbrock else 0  # where g has its own minimum
+    optimum = lower + (offset + one - lower).abs()  # beyond a bound: reflected, so still inside
+    offset = upper - (upper - optimum).abs() - one
     rotation = mtmo_matrix(matrix, count, data_dir, seed)[0] if matrix else None
     places = 2 if front in ("sphere", "concave2") else 1
 
