@@ -1505,6 +1505,7 @@ def _own_problem(spec):
     """A callable (..., n) -> (..., m) with lower, upper, n_obj and, if it has them, ideal, nadir.
 
     Without these they come from 20,000 random points: minimum, and maximum of the non-dominated.
+    UserError in one line for whatever is wrong with the file.
     """
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
@@ -1515,18 +1516,24 @@ def _own_problem(spec):
         lower, upper, n_obj = found.lower, found.upper, int(found.n_obj)
         own = Problem(name, found, lower, upper, [0] * n_obj, [1] * n_obj, path)
         x = own.scale(torch.from_numpy(numpy_generator(0, "own").random((20000, own.n_var))))
-        f = own(x)
+        f = own(x).detach()
+        fits = f.shape == (len(x), n_obj) and n_obj > 1 and own.lower.shape == own.upper.shape \
+            and bool(torch.isfinite(f).all() and (own.lower < own.upper).all())
+        if fits:
+            best = f[non_dominated(f)]
+            own.ideal, own.nadir = (
+                torch.as_tensor(getattr(found, key, value), dtype=torch.float64).expand(n_obj)
+                for key, value in (("ideal", best.amin(0)), ("nadir", best.amax(0))))
     except Exception as error:  # anything can go wrong in a user's file
         raise UserError(
             f"--problems {spec}: expected a callable (N, n) -> (N, m) with lower, upper and n_obj; "
             f"got {type(error).__name__}: {error}") from None
-    if f.shape != (len(x), n_obj) or not torch.isfinite(f).all() or len(own.upper) != own.n_var \
-            or not (own.lower < own.upper).all():
+    if not fits:
         raise UserError(f"--problems {spec}: expected lower < upper and finite values of shape "
-                        f"({len(x)}, {n_obj}); got shape {tuple(f.shape)}")
-    best = f[non_dominated(f)]
-    own.ideal = torch.as_tensor(getattr(found, "ideal", best.amin(0)), dtype=torch.float64)
-    own.nadir = torch.as_tensor(getattr(found, "nadir", best.amax(0)), dtype=torch.float64)
+                        f"({len(x)}, {n_obj}) with n_obj >= 2; got shape {tuple(f.shape)}")
+    if not (own.ideal < own.nadir).all():
+        raise UserError(f"--problems {spec}: expected ideal < nadir, got {own.ideal.tolist()} and "
+                        f"{own.nadir.tolist()}; do the objectives conflict?")
     own.hv_nadir, own.front = own.nadir, getattr(found, "front", None)
     return own
 
