@@ -1502,7 +1502,7 @@ def get_problem(name, data_dir="data", seed=0, shift=0.0, noise=False):
 
 
 def _own_problem(spec):
-    """A callable (..., n) -> (..., m) with lower, upper, n_obj and, if it has them, ideal, nadir.
+    """A callable (N, n) -> (N, m) with lower, upper, n_obj and, if it has them, ideal and nadir.
 
     Without these they come from 20,000 random points: minimum, and maximum of the non-dominated.
     UserError in one line for whatever is wrong with the file.
@@ -1534,6 +1534,7 @@ def _own_problem(spec):
     if not (own.ideal < own.nadir).all():
         raise UserError(f"--problems {spec}: expected ideal < nadir, got {own.ideal.tolist()} and "
                         f"{own.nadir.tolist()}; do the objectives conflict?")
+    own.function = lambda x: found(x.reshape(-1, own.n_var)).reshape(*x.shape[:-1], n_obj)
     own.hv_nadir, own.front = own.nadir, getattr(found, "front", None)
     return own
 
