@@ -910,7 +910,7 @@ def _f_suite(target_even, target_odd=None, centred=True, fourth_power=False):
     def evaluate(x):
         n = x.shape[-1]
         first, rest = x[..., :1], x[..., 1:]
-        even, odd = (torch.arange(j, n + 1, 2, device=x.device) for j in (2, 3))
+        even, odd = (torch.arange(j, n + 1, 2, device=x.device, dtype=x.dtype) for j in (2, 3))
         rest = 2 * rest - 1 if centred else rest
         y_even = (rest[..., 0::2] - target_even(first, even, n)) ** 2
         y_odd = (rest[..., 1::2] - (target_odd or target_even)(first, odd, n)) ** 2
