@@ -1377,9 +1377,9 @@ def _curve(shape, low=0.0, high=1.0):
 
 
 def _zdt3_front(count):
-    """The five pieces of ZDT3's front."""
-    pieces = [(0, .0830015), (.1822287, .2577624), (.4093137, .4538821), (.6183967, .6525117),
-              (.8233318, .8518329)]
+    """The five pieces of ZDT3's front; each starts where the one before is no longer better."""
+    pieces = [(0, .0830015348), (.1822287281, .2577623634), (.4093136749, .4538821039),
+              (.6183967945, .6525117080), (.8233317984, .8518328683)]
     length = sum(b - a for a, b in pieces)
     return torch.cat([_curve(lambda a: 1 - a ** .5 - a * torch.sin(10 * math.pi * a), a, b)(
         max(2, round(count * (b - a) / length))) for a, b in pieces])
