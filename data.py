@@ -1524,7 +1524,7 @@ def _own_problem(spec):
             own.ideal, own.nadir = (
                 torch.as_tensor(getattr(found, key, value), dtype=torch.float64).expand(n_obj)
                 for key, value in (("ideal", best.amin(0)), ("nadir", best.amax(0))))
-    except Exception as error:  # anything can go wrong in a user's file
+    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
         raise UserError(
             f"--problems {spec}: expected a callable (N, n) -> (N, m) with lower, upper and n_obj; "
             f"got {type(error).__name__}: {error}") from None
