@@ -3,6 +3,7 @@
 The formulas here are written down from the publications as scalar loops with 1-based indices, one
 point at a time, and share nothing with data.py.
 """
+import itertools
 import math
 from math import cos, exp, pi, sin, sqrt
 
@@ -481,7 +482,7 @@ def test_every_problem_has_its_formula_here():
 @pytest.mark.parametrize("name", FORMULAS)
 def test_values_equal_the_published_formula(name):
     problem = data.get_problem(name)
-    x = points(problem)
+    x = points(problem, count=400, corners=40) if name in RE else points(problem)
     assert_equal_to_formula(problem(x), [FORMULAS[name]([None, *row]) for row in x.tolist()])
 
 
@@ -693,6 +694,19 @@ def test_rounded_variables_have_the_value_of_the_nearest_entry(name, x, near, fa
     assert value(near) == pytest.approx(value(x[0]), rel=1e-13)
     assert value(far) == pytest.approx(value(other), rel=1e-13)
     assert value(far) != pytest.approx(value(near), rel=1e-4)
+
+
+@pytest.mark.parametrize("name, k, table, others", [
+    ("re22", 0, BARS, [10, 20]), ("re25", 2, WIRES, [20, 1])])
+def test_every_entry_of_the_tables_is_the_published_one(name, k, table, others):
+    """At each entry, and a bit to both sides of the middle between two."""
+    problem = data.get_problem(name)
+    entries = [float(word) for word in table.split() if float(word) >= problem.lower[k]]
+    values = [*entries]
+    for low, high in itertools.pairwise(entries):
+        values += [.501 * low + .499 * high, .499 * low + .501 * high]
+    x = torch.tensor([[*others[:k], value, *others[k:]] for value in values], dtype=torch.float64)
+    assert_equal_to_formula(problem(x), [FORMULAS[name]([None, *row]) for row in x.tolist()])
 
 
 # -- fronts --------------------------------------------------------------------------------------
@@ -1004,6 +1018,7 @@ class P:
     ("import no_such_module_x\nP = 1", "No module named"),
     ("Q = 1", "KeyError: 'P'"), ("P = 3", "has no attribute 'lower'"),
     ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+    ("import sys\nsys.exit(1)", "SystemExit"),
     (CLASS.replace("lower, upper, n_obj", "lower, upper, other"), "has no attribute 'n_obj'"),
     (CLASS.replace("lower, upper", "lower, top"), "has no attribute 'upper'"),
     (CLASS.replace("lower, upper", "low, upper"), "has no attribute 'lower'"),
