@@ -575,7 +575,7 @@ def test_published_ideal_and_nadir_points_lie_at_these_corners(name, bound, x, o
         assert f[k].item() == pytest.approx(published, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", [n for n in data.PROBLEMS if n != "vlmop3"])
+@pytest.mark.parametrize("name", data.PROBLEMS)
 def test_nothing_is_below_the_ideal_point(name):
     problem = data.get_problem(name)
     x = points(problem, 1, 3000, 200)
