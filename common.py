@@ -562,7 +562,7 @@ def angular_range(points):
     smaller of the spans of arctan(√(f1² + f2²) / f3) and arctan(f2 / f1). NaN for other m. Source:
     Zhang et al., "Hypervolume Maximization: A Geometric View of Pareto Set Learning", NeurIPS 2023.
     """
-    f = torch.as_tensor(points)
+    f = torch.from_numpy(_array(points))
     if f.shape[1] == 2:
         angles = [torch.atan2(f[:, 1], f[:, 0])]
     elif f.shape[1] == 3:
@@ -579,7 +579,7 @@ def sparsity(points):
     non-dominated points; 0 for one point. points: (N, m). Source: Xu et al., "Prediction-Guided
     Multi-Objective RL", ICML 2020.
     """
-    f = torch.as_tensor(points)
+    f = torch.from_numpy(_array(points))
     f = f[non_dominated(f)]
     if len(f) < 2:
         return 0.0
@@ -587,4 +587,7 @@ def sparsity(points):
 
 
 def _array(values):
-    return np.ascontiguousarray(torch.as_tensor(values).detach().cpu().double().numpy())
+    """A tensor on any device, an array or a list -> a float64 array, never through float32."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.ascontiguousarray(values, dtype=np.float64)

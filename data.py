@@ -895,7 +895,7 @@ def _rounded(x):
 
 def _nearest(x, values):
     """The nearest of `values`; its gradient is that of x (straight-through)."""
-    values = torch.tensor(values).to(x)
+    values = torch.tensor(values, dtype=torch.float64).to(x)
     return x + (values[(x.detach().unsqueeze(-1) - values).abs().argmin(-1)] - x).detach()
 
 
@@ -910,7 +910,7 @@ def _f_suite(target_even, target_odd=None, centred=True, fourth_power=False):
     def evaluate(x):
         n = x.shape[-1]
         first, rest = x[..., :1], x[..., 1:]
-        even, odd = (torch.arange(j, n + 1, 2, device=x.device) for j in (2, 3))
+        even, odd = (torch.arange(j, n + 1, 2, device=x.device, dtype=x.dtype) for j in (2, 3))
         rest = 2 * rest - 1 if centred else rest
         y_even = (rest[..., 0::2] - target_even(first, even, n)) ** 2
         y_odd = (rest[..., 1::2] - (target_odd or target_even)(first, odd, n)) ** 2
@@ -1095,7 +1095,8 @@ def _re32(x):  # welded beam
 
 def _re33(x):  # disc brake
     a, b, c, d = x.unbind(-1)
-    square, cube = b ** 2 - a ** 2, b ** 3 - a ** 3
+    gap = torch.where((b - a).abs() < 1e-6, 1e-6, b - a)  # finite also where b = a
+    square, cube = gap * (a + b), gap * (a ** 2 + a * b + b ** 2)
     return torch.stack(
         [4.9e-5 * square * (d - 1), 9.82e6 * square / (c * d * cube),
          _violation(b - a - 20, .4 - c / (3.14 * square), 1 - 2.22e-3 * c * cube / square ** 2,
@@ -1122,8 +1123,8 @@ def _re35(x):  # speed reducer; x3 whole
     second = ((745 * e / (b * c)) ** 2 + 1.575e8).sqrt() / (.1 * g ** 3)
     return torch.stack(
         [weight, stress,
-         _violation(1 - 27 / (a * b ** 2 * c), 1 - 397.5 / (a * b ** 2 * c ** 2),
-                    1 - 1.93 * d ** 3 / (b * c * f ** 4), 1 - 1.93 * e ** 3 / (b * c * g ** 4),
+         _violation(1 / 27 - 1 / (a * b ** 2 * c), 1 / 397.5 - 1 / (a * b ** 2 * c ** 2),
+                    1 / 1.93 - d ** 3 / (b * c * f ** 4), 1 / 1.93 - e ** 3 / (b * c * g ** 4),
                     40 - b * c, 12 - a / b, a / b - 5, d - 1.5 * f - 1.9, e - 1.1 * g - 1.9,
                     1300 - stress, 1100 - second)], -1)
 
@@ -1192,7 +1193,7 @@ def _re42(x):  # bulk carrier: length, breadth, depth, draft, knots, block coeff
     return torch.stack(
         [(capital + 40000 * dead ** .3 + voyage) / annual, light, -annual,
          _violation(length / breadth - 6, 15 - length / depth, 19 - length / draft,
-                    .45 * dead ** .31 - draft, .7 * depth + .7 - draft, 50000 - dead, dead - 3000,
+                    .45 * dead ** .31 - draft, .7 * depth + .7 - draft, 500000 - dead, dead - 3000,
                     .32 - froude, stability - .07 * breadth)], -1)
 
 
@@ -1216,13 +1217,14 @@ def _re91(noise):
         a, b, c, d, e, f, g = x.unbind(-1)
         h, i, j, k = .345, .192, 0., 0.
         if noise is not None:
-            deviations = torch.tensor([.006, .006, 10, 10], dtype=torch.float64)
+            means, deviations = torch.tensor([[h, i, j, k], [.006, .006, 10, 10]],
+                                             dtype=torch.float64)
             drawn = torch.randn(*x.shape[:-1], 4, generator=noise, dtype=torch.float64)
-            h, i, j, k = ((drawn * deviations).to(x) + torch.tensor([h, i, j, k]).to(x)).unbind(-1)
+            h, i, j, k = (means + deviations * drawn).to(x).unbind(-1)
         weight = 1.98 + 4.9 * a + 6.67 * b + 6.98 * c + 4.01 * d + 1.75 * e + 1e-5 * f + 2.73 * g
         abdomen = 1.16 - .3717 * b * d - .00931 * b * j - .484 * c * i + .01343 * f * j
         upper = .261 - .0159 * a * b - .188 * a * h - .019 * b * g + .0144 * c * e \
-            + .0008757 * e * j + .08045 * f * i + .00139 * i * k + .00001575 * j * k
+            + .0008757 * e * j + .08045 * f * i + .00139 * h * k + .00001575 * j * k
         middle = .214 + .00817 * e - .131 * a * h - .0704 * a * i + .03099 * b * f - .018 * b * g \
             + .0208 * c * h + .121 * c * i - .00364 * e * f + .0007715 * e * j - .0005354 * f * j \
             + .00121 * h * k + .00184 * i * j - .018 * b ** 2
@@ -1319,7 +1321,7 @@ def mtmo_matrix(name, size, data_dir, seed=0):
         matrix = np.loadtxt(path)
     except ValueError:
         matrix = np.empty(0)
-    if matrix.shape != (size, size):
+    if matrix.shape != (size, size) or not np.isfinite(matrix).all():
         raise UserError(f"{path} must hold {size} x {size} plain numbers, blanks between them")
     return torch.from_numpy(matrix), True
 
@@ -1333,6 +1335,9 @@ def _mtmo(name, data_dir, seed, shift):
     offset = torch.as_tensor(offset, dtype=torch.float64).expand(count)
     drawn = numpy_generator(seed, "mtmo-shift", name).uniform(-1, 1, count)
     offset = offset + shift * (upper - lower) / 2 * torch.from_numpy(drawn)
+    one = 1 if g is _rosenbrock else 0  # where g has its own minimum
+    optimum = lower + (offset + one - lower).abs()  # beyond a bound: reflected, so still inside
+    offset = upper - (upper - optimum).abs() - one
     rotation = mtmo_matrix(matrix, count, data_dir, seed)[0] if matrix else None
     places = 2 if front in ("sphere", "concave2") else 1
 
@@ -1372,9 +1377,9 @@ def _curve(shape, low=0.0, high=1.0):
 
 
 def _zdt3_front(count):
-    """The five pieces of ZDT3's front."""
-    pieces = [(0, .0830015), (.1822287, .2577624), (.4093137, .4538821), (.6183967, .6525117),
-              (.8233318, .8518329)]
+    """The five pieces of ZDT3's front; each starts where the one before is no longer better."""
+    pieces = [(0, .0830015348), (.1822287281, .2577623634), (.4093136749, .4538821039),
+              (.6183967945, .6525117080), (.8233317984, .8518328683)]
     length = sum(b - a for a, b in pieces)
     return torch.cat([_curve(lambda a: 1 - a ** .5 - a * torch.sin(10 * math.pi * a), a, b)(
         max(2, round(count * (b - a) / length))) for a, b in pieces])
@@ -1450,7 +1455,8 @@ def _simple_problems():
         "re34": (_re34, [1] * 5, [*wide, 3], [1661.7078225, 6.14280000608, .0394],
                  [1695.2002035, 10.7454, .264], suite, [1695.2002035, 11.81994, .2904]),
         "re35": (_re35, [2.6, .7, 17, 7.3, 7.3, 2.9, 5], [3.6, .8, 28, 8.3, 8.3, 3.9, 5.5],
-                 [2352.34645, 694.233588, 0], [6704.53, 1696.455, 397.68], suite),
+                 [2352.34611145, 694.233587469, 0],
+                 [6704.53, 1695.96387746, 397.358927317], suite),
         "re36": (_re36, [12] * 4, [60] * 4, [0, 12, 0], [5.931, 56, .355720675227], suite),
         "re37": (_re37, [0] * 4, [1] * 4, [.00889341391106, .00488, -.431499999825],
                  [.98949120096, .956587924661, .987530948586], suite),
@@ -1496,9 +1502,10 @@ def get_problem(name, data_dir="data", seed=0, shift=0.0, noise=False):
 
 
 def _own_problem(spec):
-    """A callable (..., n) -> (..., m) with lower, upper, n_obj and, if it has them, ideal, nadir.
+    """A callable (N, n) -> (N, m) with lower, upper, n_obj and, if it has them, ideal and nadir.
 
     Without these they come from 20,000 random points: minimum, and maximum of the non-dominated.
+    UserError in one line for whatever is wrong with the file.
     """
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
@@ -1509,18 +1516,25 @@ def _own_problem(spec):
         lower, upper, n_obj = found.lower, found.upper, int(found.n_obj)
         own = Problem(name, found, lower, upper, [0] * n_obj, [1] * n_obj, path)
         x = own.scale(torch.from_numpy(numpy_generator(0, "own").random((20000, own.n_var))))
-        f = own(x)
-    except Exception as error:  # anything can go wrong in a user's file
+        f = own(x).detach()
+        fits = f.shape == (len(x), n_obj) and n_obj > 1 and own.lower.shape == own.upper.shape \
+            and bool(torch.isfinite(f).all() and (own.lower < own.upper).all())
+        if fits:
+            best = f[non_dominated(f)]
+            own.ideal, own.nadir = (
+                torch.as_tensor(getattr(found, key, value), dtype=torch.float64).expand(n_obj)
+                for key, value in (("ideal", best.amin(0)), ("nadir", best.amax(0))))
+    except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
         raise UserError(
             f"--problems {spec}: expected a callable (N, n) -> (N, m) with lower, upper and n_obj; "
             f"got {type(error).__name__}: {error}") from None
-    if f.shape != (len(x), n_obj) or not torch.isfinite(f).all() or len(own.upper) != own.n_var \
-            or not (own.lower < own.upper).all():
+    if not fits:
         raise UserError(f"--problems {spec}: expected lower < upper and finite values of shape "
-                        f"({len(x)}, {n_obj}); got shape {tuple(f.shape)}")
-    best = f[non_dominated(f)]
-    own.ideal = torch.as_tensor(getattr(found, "ideal", best.amin(0)), dtype=torch.float64)
-    own.nadir = torch.as_tensor(getattr(found, "nadir", best.amax(0)), dtype=torch.float64)
+                        f"({len(x)}, {n_obj}) with n_obj >= 2; got shape {tuple(f.shape)}")
+    if not (own.ideal < own.nadir).all():
+        raise UserError(f"--problems {spec}: expected ideal < nadir, got {own.ideal.tolist()} and "
+                        f"{own.nadir.tolist()}; do the objectives conflict?")
+    own.function = lambda x: found(x.reshape(-1, own.n_var)).reshape(*x.shape[:-1], n_obj)
     own.hv_nadir, own.front = own.nadir, getattr(found, "front", None)
     return own
 

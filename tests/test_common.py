@@ -798,3 +798,120 @@ def test_format_table_aligns_and_shows_missing_numbers():
 def test_format_table_refuses_rows_of_another_length():
     with pytest.raises(ValueError, match="zip"):
         common.format_table(["a", "b"], [[1, 2, 3]])
+
+
+# -- metrics of fronts ---------------------------------------------------------------------------
+
+
+def random_front(seed, n, m, kind=torch.float64):
+    """n points in [0, 1.3]^m on a grid of 40 steps, so that ties and duplicates occur."""
+    steps = np.random.default_rng([seed, n, m]).integers(0, 40, (n, m))
+    return torch.from_numpy(steps / 30).to(kind)
+
+
+@pytest.mark.parametrize("n, m", [(1, 2), (60, 2), (60, 3), (60, 4), (200, 2)])
+def test_non_dominated_equals_the_definition(n, m):
+    points = random_front(0, n, m)
+    points = torch.cat([points, points[: n // 2]])  # duplicates
+    rows, expected = points.tolist(), []
+    for i, a in enumerate(rows):
+        beaten = any(all(v <= w for v, w in zip(b, a, strict=True)) and b != a for b in rows)
+        expected.append(not beaten and a not in rows[:i])
+    found = common.non_dominated(points)
+    assert found.dtype == torch.bool and found.tolist() == expected
+
+
+def test_non_dominated_of_known_cases():
+    points = [[1, 2], [2, 1], [2, 2], [1, 2], [0, 3], [1, 3], [3, 0.5]]
+    assert common.non_dominated(torch.tensor(points)).tolist() == [
+        True, True, False, False, True, False, True]
+    front = torch.tensor([[0., 1.], [1., 0.]], requires_grad=True)
+    assert common.non_dominated(front).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("seed, n", [(0, 1), (1, 2), (2, 12), (3, 80)])
+def test_hypervolume_in_two_dimensions_equals_the_sweep(seed, n):
+    points, reference = random_front(seed, n, 2), (1.1, .9)
+    area, lowest = 0.0, reference[1]
+    for f1, f2 in sorted(points.tolist()):  # from left to right, each adds a rectangle
+        if f1 < reference[0] and f2 < lowest:
+            area += (reference[0] - f1) * (lowest - f2)
+            lowest = f2
+    assert common.hypervolume(points, reference) == pytest.approx(area, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("m, n", [(3, 1), (3, 2), (3, 9), (4, 8)])
+def test_hypervolume_equals_inclusion_and_exclusion(m, n):
+    """|∪ boxes| = Σ over subsets of (-1)^(size + 1) |∩|, and the ∩ of boxes is a box."""
+    points, reference = random_front(4, n, m), [1.1, 1.2, .9, 1][:m]
+    points[0] *= .6  # this one lies inside the box
+    volume = 0.0
+    for size in range(1, n + 1):
+        for subset in itertools.combinations(points.tolist(), size):
+            corner = [max(column) for column in zip(*subset, strict=True)]
+            box = math.prod(max(0, r - c) for r, c in zip(reference, corner, strict=True))
+            volume -= (-1) ** size * box
+    assert volume > 0
+    assert common.hypervolume(points, torch.tensor(reference)) == pytest.approx(volume, rel=1e-6)
+    assert common.hypervolume(points, reference) == pytest.approx(volume, rel=1e-12)
+
+
+def test_hypervolume_of_known_fronts():
+    assert common.hypervolume([[.5, .5]], [1, 1]) == .25
+    assert common.hypervolume([[0, .5], [.5, 0]], [1, 1]) == .75
+    assert common.hypervolume([[0, 0, 0]], [1.1, 1.1, 1.1]) == pytest.approx(1.331)
+    assert common.hypervolume([[-1, 0]], [1, 1]) == 2  # below the ideal point counts
+    assert isinstance(common.hypervolume(torch.zeros(1, 2), [1, 1]), float)
+    learned = torch.tensor([[0., .5]], dtype=torch.float32, requires_grad=True)
+    assert common.hypervolume(learned, [1, 1]) == .5
+
+
+def test_hypervolume_ignores_what_adds_nothing():
+    front = [[0, .5], [.5, 0]]
+    for extra in ([.6, .6], [0, .5], [2, -3], [-3, 2], [1, -1], [5, 5], [.5, .5]):
+        assert common.hypervolume([*front, extra], [1, 1]) == .75, extra
+    for points in ([[1, 0]], [[2, 2]], [[0, 1], [1, 0]], [[-9, 3], [3, -9]]):
+        assert common.hypervolume(points, [1, 1]) == 0, points
+
+
+def test_angular_range_of_hand_made_fronts():
+    a = math.radians
+    for degrees in ([10, 80], [80, 30, 10], [30]):
+        front = torch.tensor([[r * math.cos(a(d)), r * math.sin(a(d))]
+                              for r, d in zip((.5, 3, 1), degrees, strict=False)])
+        wanted = a(max(degrees) - min(degrees))
+        assert common.angular_range(front) == pytest.approx(wanted, abs=1e-6)
+    assert common.angular_range([[1, 0], [1, 1], [0, 1]]) == pytest.approx(math.pi / 2)
+
+
+def test_angular_range_in_three_dimensions_is_the_smaller_span():
+    def point(theta, phi, r=1.0):
+        theta, phi = math.radians(theta), math.radians(phi)
+        return [r * math.sin(theta) * math.cos(phi), r * math.sin(theta) * math.sin(phi),
+                r * math.cos(theta)]
+    narrow_up = [point(40, 10), point(60, 80, 3), point(50, 30, .2)]  # θ spans 20, φ spans 70
+    narrow_round = [point(10, 35), point(85, 45, 2), point(50, 40)]  # θ spans 75, φ spans 10
+    assert common.angular_range(narrow_up) == pytest.approx(math.radians(20))
+    assert common.angular_range(torch.tensor(narrow_round, dtype=torch.float64)) == pytest.approx(
+        math.radians(10))
+    assert common.angular_range([[1, 0, 0], [0, 1, 0], [0, 0, 1]]) == pytest.approx(math.pi / 2)
+
+
+@pytest.mark.parametrize("m", [1, 4, 5])
+def test_angular_range_is_not_defined_for_other_numbers_of_objectives(m):
+    assert math.isnan(common.angular_range(torch.rand(5, m)))
+
+
+def test_sparsity_of_hand_made_fronts():
+    # neighbours in f1: 1, 2 and in f2: 3, 1; (1 + 4 + 9 + 1) / 2
+    front = [[0., 4.], [1., 1.], [3., 0.]]
+    assert common.sparsity(front) == pytest.approx(7.5)
+    assert common.sparsity([front[2], front[0], front[1]]) == pytest.approx(7.5)
+    assert common.sparsity([*front, [3., 3.], [1., 1.], [9., 9.]]) == pytest.approx(7.5)
+    # sorted columns 0 1 2, 0 1 3, 0 2 4: (1 + 1 + 1 + 4 + 4 + 4) / 2
+    assert common.sparsity([[0., 3., 4.], [2., 0., 2.], [1., 1., 0.]]) == pytest.approx(7.5)
+    assert common.sparsity([[0., 1.], [1., 0.]]) == 2
+    even = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert common.sparsity(torch.stack([even, 1 - even], 1)) == pytest.approx(2 * .01)
+    assert common.sparsity([[3., 4.]]) == 0
+    assert common.sparsity([[3., 4.], [3., 4.], [5., 5.]]) == 0
