@@ -1,0 +1,708 @@
+"""CoAction: Pareto sets of many tasks at once, by a Transformer over tasks
+
+Chen, Liang, Huang, Shang, Liu and Gu, "CoAction: Cross-task Correlation-aware Pareto Set Learning",
+ICIC 2026, arXiv 2605.01712 (v2). No code of the authors is known, and of the paper only abstract
+and introduction could be read: what is theirs is said below, everything else is UNSPECIFIED.
+
+The idea
+    Several multi-objective tasks are solved by one network that maps preferences to solutions. Each
+    task is a token: its preference plus a learned embedding of the task. A Transformer encoder lets
+    the tokens attend to each other, so that related tasks can share what they learned.
+
+Run
+    python coaction.py                                    F1-F6 beside PSL and CoPSL: 1 minute
+    python coaction.py --suite re-mixed                   2, 3 and 4 objectives in one network
+    python coaction.py --suite mtmo --method all          the nine CEC 2017 pairs, all ablations
+    python coaction.py --problems f1 re33 mine.py:Truss   any list, your own included
+
+Paper map (the paper's abstract; our numbers)
+    Eq. E1  task tokens             CoAction.forward: A p_k + e_k
+    Eq. E2  attention over tasks    Block.forward
+    Eq. E3  solutions               CoAction.forward: one head per task
+    Eq. E4  training                train_step
+    Eq. E5  HV, Range, Sparsity     evaluate, common.hypervolume, angular_range, sparsity
+
+Symbols
+    p_k       preferences[k]   (S, B, m_k)      on the simplex
+    e_k       embedding        (S, K, d)        what tells the tasks apart
+    h_k       tokens           (S, B, K, d)     S networks, B preferences, a sequence of K tasks
+    x_k       solutions[k]     (S, B, n_k)      in the unit cube; boxes bring them to bounds
+    f_k       values           (S, B, m_k)      objectives, all minimised
+    d, L      width, layers    --width 64, --layers 3
+    K, S, B   tasks, seeds, preferences a step (--seeds 5, --batch 30)
+
+Cost
+    A sequence is only K tokens long, so everything is overhead of small operations: all seeds train
+    at once as a leading dimension. benchmarks/coaction_claims.py compares it with CoPSL.
+
+Results
+    RESULTS_PLACEHOLDER
+
+Where we depart (the marks can be searched for)
+    From the paper: several tasks at once; one embedding vector a task; a Transformer encoder whose
+    self-attention captures dependencies between tasks; Hypervolume, Range and Sparsity.
+    UNSPECIFIED 1 how preferences enter: one linear map per number of objectives, shared by tasks.
+    UNSPECIFIED 2 the encoder: pre-norm, 3 layers, width 64, 4 heads, feed-forward twice as wide, no
+                  positions, no dropout, no norm at its end. Found by a search on tuning seeds; the
+                  last two of these choices matter most, see benchmarks/RESULTS.md.
+    UNSPECIFIED 3 the heads: one linear layer and a sigmoid per task, drawn a tenth as large as
+                  nn.Linear does, so that solutions start near the middle of their box.
+    UNSPECIFIED 4 all of training: --recipe tuned is that of copsl.py; --recipe copsl is what the
+                  CoPSL paper does.
+    UNSPECIFIED 5 the variants of Range and Sparsity: those of common.py.
+    UNSPECIFIED 6 which preferences other tasks have while one is tested: the same ones; with other
+                  numbers of objectives their own test preferences, in order, over and over.
+
+References
+    PSL: Lin et al., NeurIPS 2022. CoPSL: Shang et al., IJCNN 2024. Smooth Tchebycheff: Lin et al.,
+    ICML 2024. MTMO: Yuan et al., CEC 2017. Transformer: Vaswani et al., NeurIPS 2017.
+"""
+# ================================================================================================
+# Setup
+# ================================================================================================
+import math
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import data
+
+METHODS = {"coaction": "CoAction", "no-attention": "  no attention",
+           "no-embedding": "  no task embedding", "copsl": "CoPSL", "psl": "PSL, one by one"}
+SUITES = {
+    "f": ["f1", "f2", "f3", "f4", "f5", "f6"],
+    "zdt": ["zdt1", "zdt2", "zdt3", "zdt4", "zdt6"],
+    "re2": ["re21", "re22", "re23", "re24", "re25"],
+    "re3": ["re31", "re32", "re33", "re34", "re35", "re36", "re37"],
+    "re-mixed": ["re21", "re24", "re33", "re34", "re37", "re41", "re42"],
+    "mtmo": sorted(data.MTMO),
+}
+
+# ================================================================================================
+# Model: a Transformer over tasks, S independent networks ("seeds") at once
+# ================================================================================================
+
+
+def uniform(generators, *shape, bound):
+    """A parameter (S, *shape) drawn from U(-bound, bound), one generator per seed."""
+    draws = [torch.rand(*shape, generator=g) for g in generators]
+    return nn.Parameter((2 * torch.stack(draws) - 1) * bound)
+
+
+class Linear(nn.Module):
+    """S linear layers side by side: x (S, N, in) -> (S, N, out). Initialised as nn.Linear."""
+
+    def __init__(self, fan_in, fan_out, generators):
+        super().__init__()
+        self.weight = uniform(generators, fan_in, fan_out, bound=1 / math.sqrt(fan_in))
+        self.bias = uniform(generators, 1, fan_out, bound=1 / math.sqrt(fan_in))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """S layer norms side by side: (S, N, d) -> (S, N, d)."""
+
+    def __init__(self, width, generators):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(len(generators), 1, width))
+        self.bias = nn.Parameter(torch.zeros(len(generators), 1, width))
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+
+
+class Block(nn.Module):
+    """A pre-norm encoder block over K tokens (E2)."""
+
+    def __init__(self, width, heads, generators, attend=True):
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.norm1, self.norm2 = LayerNorm(width, generators), LayerNorm(width, generators)
+        self.qkv, self.out = (Linear(width, 3 * width, generators),
+                              Linear(width, width, generators))
+        self.up, self.down = (Linear(width, 2 * width, generators),
+                              Linear(2 * width, width, generators))
+
+    def forward(self, h, tasks, maps=None):
+        """h: (S, B · K, d), K = tasks tokens a preference -> the same shape.
+
+        maps: a list that gets the attention weights (S, K, K), mean over preferences and heads.
+        """
+        S, _, d = h.shape
+        qkv = self.qkv(self.norm1(h)).view(S, -1, tasks, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(1, 2)  # 3 x (S · B, heads, K, d / heads)
+        # Eq. (E2): softmax(q kᵀ / √d_head) v over the tasks; without attention a token sees itself
+        mixed = F.scaled_dot_product_attention(q, k, v) if self.attend else v
+        if maps is not None:
+            weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (S · B, heads, K, K)
+            maps.append(weights.unflatten(0, (S, -1)).mean((1, 2)))
+        h = h + self.out(mixed.transpose(1, 2).reshape(S, -1, d))
+        return h + self.down(F.gelu(self.up(self.norm2(h))))
+
+
+class CoAction(nn.Module):
+    """K tasks, which may differ in objectives and variables, as K tokens of an encoder.
+
+    n_objs: [m_1 ... m_K]; n_vars: [n_1 ... n_K]; generators: one torch.Generator per seed for the
+    initial draw (default: torch's own, one seed); attend, embed: False for the ablations.
+    """
+
+    def __init__(self, n_objs, n_vars, width=64, layers=3, heads=4, generators=(None,),
+                 attend=True, embed=True):
+        super().__init__()
+        self.n_objs, self.n_vars = list(n_objs), list(n_vars)
+        self.width, tasks = width, len(self.n_vars)
+        self.embed = nn.ModuleDict({str(m): Linear(m, width, generators)  # UNSPECIFIED 1
+                                    for m in sorted(set(self.n_objs))})
+        scale = 1.0 if embed else 0.0
+        draws = [torch.randn(tasks, width, generator=g) for g in generators]
+        self.task = nn.Parameter(scale * torch.stack(draws), requires_grad=embed)  # (S, K, d)
+        self.blocks = nn.ModuleList(Block(width, heads, generators, attend)
+                                    for _ in range(layers))
+        bound = .1 / math.sqrt(width)  # UNSPECIFIED 3; padded to the largest n_k
+        self.head = uniform(generators, tasks, width, max(self.n_vars), bound=bound)
+        self.head_bias = uniform(generators, tasks, 1, max(self.n_vars), bound=bound)
+
+    def forward(self, preferences, tasks=None, context=True, maps=None):
+        """preferences: list of K tensors (S, B, m_k), or one if all m are equal -> list of x_k.
+
+        tasks: indices of the tasks to answer (default all). The others are still in the sequence
+        unless context=False. x_k: (S, B, n_k) in the unit cube. maps: see Block.
+        """
+        every = range(len(self.n_vars))
+        if torch.is_tensor(preferences):
+            preferences = [preferences] * len(self.n_vars)
+        asked = list(every if tasks is None else tasks)
+        present = list(every) if context else asked
+        # Eq. (E1): h_k = A_{m_k} p_k + e_k
+        tokens = [self.embed[str(self.n_objs[k])](preferences[k]) + self.task[:, k, None]
+                  for k in present]
+        h = torch.stack(tokens, 2).flatten(1, 2)  # (S, B · K, d)
+        for block in self.blocks:
+            h = block(h, len(present), maps)
+        h = h.unflatten(1, (-1, len(present))).transpose(1, 2)  # (S, K, B, d)
+        # Eq. (E3): x_k = sigmoid(W_k h_k + b_k)
+        x = torch.sigmoid(h @ self.head[:, present] + self.head_bias[:, present])
+        return [x[:, present.index(k), :, :self.n_vars[k]] for k in asked]
+
+    def num_parameters(self):
+        """Trainable parameters of one seed's network, padding not counted."""
+        total = sum(p[0].numel() for p in self.parameters() if p.requires_grad)
+        wide = len(self.n_vars) * max(self.n_vars) - sum(self.n_vars)
+        return total - wide * (self.width + 1)
+
+
+class Towers(nn.Module):
+    """The peers: m_k - 256 - 256 - n_k per task; `shared` first layer (CoPSL) or none (PSL)."""
+
+    def __init__(self, n_objs, n_vars, width=256, generators=(None,), shared=True):
+        super().__init__()
+        self.n_objs, self.n_vars, self.width, self.shared = n_objs, n_vars, width, shared
+        tasks, wide = len(n_vars), max(n_objs)
+        first = 1 if shared else tasks
+        bound = torch.tensor(n_objs[:first]).rsqrt().view(-1, 1, 1)
+        self.w1 = uniform(generators, first, wide, width, bound=bound)
+        self.b1 = uniform(generators, first, 1, width, bound=bound)
+        self.w2, self.w3 = (uniform(generators, tasks, width, out, bound=1 / math.sqrt(width))
+                            for out in (width, max(n_vars)))
+        self.b2, self.b3 = (uniform(generators, tasks, 1, out, bound=1 / math.sqrt(width))
+                            for out in (width, max(n_vars)))
+
+    def forward(self, preferences):
+        wide = max(self.n_objs)
+        p = torch.stack([F.pad(q, (0, wide - q.shape[-1])) for q in preferences], 1)
+        h = F.relu((p[:, :1] if self.shared else p) @ self.w1 + self.b1)
+        h = F.relu(h.expand(-1, len(self.n_vars), -1, -1) @ self.w2 + self.b2)
+        x = torch.sigmoid(h @ self.w3 + self.b3)  # (S, K, B, max n)
+        return [x[:, k, :, :n] for k, n in enumerate(self.n_vars)]
+
+    def num_parameters(self):
+        """Parameters of one seed's network, padding not counted."""
+        w, first = self.width, self.n_objs[:1] if self.shared else self.n_objs
+        return sum((m + 1) * w for m in first) + sum((w + 1) * (w + n) for n in self.n_vars)
+
+
+# ================================================================================================
+# Method: pure functions, to be copied
+# ================================================================================================
+
+
+def smooth_tchebycheff(values, preferences, mu=.1):
+    """μ log Σ_j exp(w_j f_j / μ), w = (1/p) / Σ (1/p): smooth form of max_j f_j / p_j.
+
+    values: (..., m), normalised; preferences: (..., m) > 0; mu: how smooth -> (...).
+    """
+    weights = (1 / preferences) / (1 / preferences).sum(-1, keepdim=True)
+    return mu * torch.logsumexp(weights * values / mu, dim=-1)
+
+
+def modified_tchebycheff(values, preferences, rho=.01):
+    """max_j f_j / p_j + ρ Σ_j f_j, as CoPSL has it. (..., m) twice -> (...)."""
+    return (values / preferences).amax(-1) + rho * values.sum(-1)
+
+
+def dirichlet_preferences(steps, batch, n_obj, generator=None):
+    """Preferences ~ Dirichlet(1, ..., 1) + 1e-4. -> (steps, batch, m)."""
+    e = -torch.rand(steps, batch, n_obj, generator=generator).clamp_min(1e-30).log()
+    return e / e.sum(-1, keepdim=True) + 1e-4
+
+
+def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
+    """Like dirichlet_preferences, but each step's batch lies evenly: a randomly shifted lattice.
+
+    Kronecker's lattice with the generalised golden ratio; sorted coordinates cut [0, 1] into m
+    parts that are uniform on the simplex; stretched and clipped, so that edges and corners occur.
+    """
+    golden = 1.0
+    for _ in range(60):  # the root of g^m = g + 1
+        golden = (1 + golden) ** (1 / n_obj)
+    slope = torch.tensor([golden ** -(j + 1) for j in range(n_obj - 1)])
+    shift = torch.rand(steps, 1, n_obj - 1, generator=generator)
+    cuts = (torch.arange(batch)[:, None] * slope + shift) % 1  # (steps, B, m - 1)
+    cuts = (cuts * (1 + 2 * stretch) - stretch).clamp(0, 1).sort(-1)[0]
+    ends = torch.zeros(steps, batch, 1)
+    return torch.cat([ends, cuts, ends + 1], -1).diff(dim=-1) + 1e-4
+
+
+def update_range(ideal, nadir, values, keep=.9):
+    """Running estimates of the best and worst values of a front, from a batch on its way there.
+
+    ideal: the smallest value so far; nadir: moving average of a batch's largest. ideal, nadir:
+    (S, 1, m) or None at first; values: (S, B, m) -> (ideal, nadir), detached.
+    """
+    low, high = values.detach().aminmax(dim=-2, keepdim=True)
+    if ideal is None:
+        return low, high
+    return torch.minimum(ideal, low), keep * nadir + (1 - keep) * high
+
+
+def clip_gradients(parameters, limit):
+    """Scale each seed's gradient, over all parameters (S, ...), to a norm of at most `limit`."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (S,)
+    factor = (limit / (norm + 1e-6)).clamp(max=1)
+    for g in grads:
+        g *= factor.view(-1, *[1] * (g.dim() - 1))
+
+
+# ================================================================================================
+# Train and evaluate
+# ================================================================================================
+
+
+class World:
+    """The fixed part of a run: the tasks, this process's seeds, the preferences to test on."""
+
+    def __init__(self, problems, seeds, args, device, dtype=torch.float32):
+        self.problems, self.seeds, self.args = problems, seeds, args
+        self.device, self.dtype, self.tuned = device, dtype, args.recipe == "tuned"
+        self.n_objs, self.n_vars = [p.n_obj for p in problems], [p.n_var for p in problems]
+        self.boxes = [(p.lower.to(device, dtype), (p.upper - p.lower).to(device, dtype))
+                      for p in problems]
+        grids = {m: test_preferences(m, args.eval_points).to(device, dtype)
+                 for m in set(self.n_objs)}
+        self.tests = [grids[m] for m in self.n_objs]  # K x (N_k, m_k)
+
+    def network(self, method):
+        """A freshly drawn network, and its optimiser."""
+        args = self.args
+        generators = [common.torch_generator(s, "init") for s in self.seeds]
+        if method in ("copsl", "psl"):
+            net = Towers(self.n_objs, self.n_vars, args.tower_width, generators, method == "copsl")
+        else:
+            net = CoAction(self.n_objs, self.n_vars, args.width, args.layers, args.heads,
+                           generators, attend=method != "no-attention",
+                           embed=method != "no-embedding")
+        net = net.to(self.device, self.dtype)
+        lr = (args.lr if method not in ("copsl", "psl") else args.tower_lr) if self.tuned else 1e-3
+        betas = (.9, .95) if self.tuned else (.9, .999)
+        return net, torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, betas,
+                                     fused=True)
+
+    def preferences(self):
+        """All training preferences, a pure function of the seeds: m -> (steps, S, B, m)."""
+        draw = even_preferences if self.tuned else dirichlet_preferences
+        return {m: torch.stack([draw(self.args.steps, self.args.batch, m,
+                                     common.torch_generator(s, "preferences", m))
+                                for s in self.seeds], 1).to(self.device, self.dtype)
+                for m in sorted(set(self.n_objs))}
+
+    def values(self, solutions):
+        """K solutions (S, B, n_k) of the unit cubes -> K objectives (S, B, m_k)."""
+        return [p(low + width * x) for p, (low, width), x in
+                zip(self.problems, self.boxes, solutions, strict=True)]
+
+    @torch.no_grad()
+    def fronts(self, net):
+        """K x (S, N_k, m_k) objectives at each task's own test preferences. UNSPECIFIED 6."""
+        longest = max(map(len, self.tests))
+        rows = [t[torch.arange(longest, device=self.device) % len(t)] for t in self.tests]
+        f = self.values(net([r.expand(len(self.seeds), -1, -1) for r in rows]))
+        return [values[:, :len(t)] for values, t in zip(f, self.tests, strict=True)]
+
+
+def test_preferences(n_obj, count):
+    """m = 2: `count` points of the segment (default 100); else Das-Dennis (m = 3: 105)."""
+    if n_obj == 2:
+        t = torch.linspace(0, 1, count or 100, dtype=torch.float64)
+        return torch.stack([t, 1 - t], -1) + 1e-4
+    return data.das_dennis(n_obj, count or (105 if n_obj == 3 else 210)) + 1e-4
+
+
+def train_step(world, net, optimizer, p, ranges):
+    """One step of all seeds; p: list of K preferences (S, B, m_k) -> loss (S,) before the step."""
+    solutions = net(p)
+    losses = []
+    for k, f in enumerate(world.values(solutions)):
+        if world.tuned:
+            ranges[k] = ideal, nadir = update_range(*ranges[k], f)
+            f = (f - ideal) / (nadir - ideal).clamp_min(1e-12)
+            losses.append(smooth_tchebycheff(f, p[k], world.args.mu).mean(-1))
+        else:
+            losses.append(modified_tchebycheff(f, p[k]).sum(-1))
+    # Eq. (E4): Σ_k mean_b g(f_k(x_k(p_b)), p_b)
+    loss = torch.stack(losses, -1).sum(-1)  # (S,)
+    total = loss.sum()
+    if world.tuned:  # keeps solutions off the flat ends of the sigmoid, where nothing is learned
+        total = total + 2e-4 * sum(torch.logit(x, 1e-6).square().mean((1, 2)).sum()
+                                   for x in solutions)
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    if world.tuned:
+        clip_gradients(net.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(world, net):
+    """E5 for every seed -> dict seed -> {"hv", "range", "sparsity": K numbers each}.
+
+    All on (f - ideal) / (nadir - ideal): Hypervolume with reference 1.1, Range in radians (NaN for
+    m > 3), Sparsity (smaller is denser). UNSPECIFIED 5.
+    """
+    found = {s: {"hv": [], "range": [], "sparsity": []} for s in world.seeds}
+    for problem, values in zip(world.problems, world.fronts(net), strict=True):
+        f = (values.cpu().double() - problem.ideal) / (problem.nadir - problem.ideal)
+        for s, seed in enumerate(world.seeds):
+            common.check_finite(f[s], f"{problem.name}: an objective of the learned front")
+            found[seed]["hv"].append(common.hypervolume(f[s], [1.1] * problem.n_obj))
+            found[seed]["range"].append(common.angular_range(f[s]))
+            found[seed]["sparsity"].append(common.sparsity(f[s]))
+    return found
+
+
+@torch.no_grad()
+def attention_map(world, net):
+    """Who looks at whom: mean attention weights over layers, heads, preferences -> seed: (K, K)."""
+    longest = max(map(len, world.tests))
+    rows = [t[torch.arange(longest, device=world.device) % len(t)] for t in world.tests]
+    maps = []
+    net([r.expand(len(world.seeds), -1, -1) for r in rows], maps=maps)
+    mean = torch.stack(maps).mean(0)  # (S, K, K): row k reads, column j is read
+    return {seed: mean[s].cpu() for s, seed in enumerate(world.seeds)}
+
+
+def train(world, run, method, saved, save):
+    """Train all seeds of one method -> (network, history: step -> dict of evaluate, CPU-s)."""
+    args = world.args
+    net, optimizer = world.network(method)
+    peak, ranges = optimizer.param_groups[0]["lr"], [(None, None)] * len(world.problems)
+    start, spent = 0, 0.0
+    if saved is None:
+        history = {0: run.gather(evaluate(world, net))}
+    else:
+        start, history, spent = saved["step"], saved["history"], saved["spent"]
+        ranges = unpack(saved["seeds"], world, net, optimizer)
+    preferences, began = world.preferences(), time.process_time()
+    for step in run.progress(range(start, args.steps), METHODS[method].strip(), initial=start,
+                             total=args.steps):
+        if world.tuned:
+            optimizer.param_groups[0]["lr"] = peak * (1 + math.cos(math.pi * step / args.steps)) / 2
+        p = [preferences[m][step] for m in world.n_objs]
+        loss = train_step(world, net, optimizer, p, ranges)
+        done = step + 1
+        if done % args.eval_every == 0 or done == args.steps:
+            common.check_finite(loss, f"{method}: the loss after step {done}")
+            history[done] = run.gather(evaluate(world, net))
+            now = [v for found in history[done].values() for v in found["hv"]]
+            run.log(method=method, step=done, loss=loss.mean().item(), hv=sum(now) / len(now))
+        if done % args.save_every == 0 or done == args.steps:
+            save({"method": method, "step": done, "history": history,
+                  "spent": spent + time.process_time() - began,
+                  "seeds": run.gather(pack(world, net, optimizer, ranges))})
+    return net, history, spent + time.process_time() - began
+
+
+def pack(world, net, optimizer, ranges):
+    """Everything that training changes, per seed: dict seed -> dict name -> tensor."""
+    found, step = {}, None
+    for name, p in net.named_parameters():
+        moments = optimizer.state.get(p, {})
+        step = moments.get("step", step)
+        found |= {name: p, **{f"{k} {name}": v for k, v in moments.items() if k != "step"}}
+    found |= {f"{which} {k}": t for k, pair in enumerate(ranges)
+              for which, t in zip(("ideal", "nadir"), pair, strict=True) if t is not None}
+    return {seed: {"step": step.clone(), **{k: t[s].detach().clone() for k, t in found.items()}}
+            for s, seed in enumerate(world.seeds)}
+
+
+def unpack(seeds, world, net, optimizer):
+    """The reverse of pack, for this process's seeds -> ranges."""
+    mine = [seeds[s] for s in world.seeds]
+    found = {k: torch.stack([t[k] for t in mine]).to(world.device) for k in mine[0]}
+    for name, p in net.named_parameters():
+        p.data.copy_(found[name])
+        if p.requires_grad:
+            optimizer.state[p] = {"step": found["step"][0].clone(), **{
+                k: found[f"{k} {name}"] for k in ("exp_avg", "exp_avg_sq")}}
+    return [tuple(found.get(f"{which} {k}") for which in ("ideal", "nadir"))
+            for k in range(len(world.problems))]
+
+
+# ================================================================================================
+# Command line
+# ================================================================================================
+
+
+def build_parser():
+    """All flags."""
+    parser = common.Parser(__doc__)
+    common.add_run_arguments(parser)
+    number = common.number
+    group = parser.add_argument_group("tasks")
+    group.add_argument("--suite", choices=sorted(SUITES), default=None,
+                       help="f: F1-F6 (default); zdt; re2, re3: real-world problems with 2, 3 "
+                            "objectives; re-mixed: 2, 3 and 4 together; mtmo: the nine CEC 2017 "
+                            "pairs")
+    group.add_argument("--problems", nargs="+", default=None, metavar="NAME",
+                       help="instead of a suite: names such as f1 zdt3 re41 cihs1, or FILE.py:NAME")
+    group.add_argument("--shift", type=number(float, low=0, high=.9), default=0.0,
+                       help="move the optima of mtmo tasks by up to this fraction of half the "
+                            "width (default 0: several lie in the middle, where a fresh network "
+                            "starts)")
+    group.add_argument("--eval-points", type=number(int, low=4), default=None,
+                       help="preferences to test on (default: 100 for 2 objectives, 105 for 3, at "
+                            "most 210 for more)")
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", default="psl,copsl,coaction",
+                       help=f"{', '.join(METHODS)}, several with commas, or all; copsl is left out "
+                            "where objectives differ in number (default %(default)s)")
+    group.add_argument("--recipe", choices=["tuned", "copsl"], default="tuned",
+                       help="UNSPECIFIED 4. tuned: even preferences, smooth Tchebycheff of "
+                            "normalised objectives, learning-rate decay; copsl: mtch on raw "
+                            "objectives, learning rate 1e-3, as CoPSL's paper")
+    group.add_argument("--width", type=number(int, low=1), default=64,
+                       help="d, a multiple of --heads (default %(default)s)")
+    group.add_argument("--layers", type=number(int, low=1), default=3,
+                       help="encoder layers (default %(default)s)")
+    group.add_argument("--heads", type=number(int, low=1), default=4,
+                       help="attention heads (default %(default)s)")
+    group.add_argument("--tower-width", type=number(int, low=1), default=256,
+                       help="hidden units of PSL and CoPSL (their papers %(default)s)")
+    group.add_argument("--mu", type=number(float, above=0), default=.1,
+                       help="μ of the smooth Tchebycheff loss, in units of normalised objectives "
+                            "(default %(default)s)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--seeds", type=number(int, low=1), default=5,
+                       help="independent networks, trained at once: --seed, --seed + 1, ... "
+                            "(default %(default)s)")
+    group.add_argument("--steps", type=number(int, low=1), default=500,
+                       help="steps (default %(default)s, as CoPSL)")
+    group.add_argument("--batch", type=number(int, low=1), default=30,
+                       help="preferences a step (default %(default)s, as CoPSL)")
+    group.add_argument("--lr", type=number(float, above=0), default=5e-3,
+                       help="learning rate of CoAction, tuned recipe (default %(default)s)")
+    group.add_argument("--tower-lr", type=number(float, above=0), default=5e-3,
+                       help="learning rate of PSL and CoPSL, tuned recipe (default %(default)s)")
+    group.add_argument("--eval-every", type=number(int, low=1), default=25,
+                       help="steps between evaluations (default %(default)s)")
+    group.add_argument("--save-every", type=number(int, low=1), default=100,
+                       help="steps between checkpoints (default %(default)s)")
+    return parser
+
+
+def resolve(args):
+    """Expand names; refuse what does not go together."""
+    chosen = args.method.split(",")
+    for name in chosen:
+        if name not in METHODS and name != "all":
+            raise common.UserError(
+                f"--method {name!r} is unknown; there are {', '.join(METHODS)} and all")
+    if args.suite and args.problems:
+        raise common.UserError("--suite and --problems both name the tasks; give one of them")
+    if args.width % args.heads:
+        raise common.UserError(f"--width {args.width} is not a multiple of --heads {args.heads}")
+    args.method = ",".join(m for m in METHODS if m in chosen or "all" in chosen)
+    if args.problems is None:
+        args.suite = args.suite or "f"
+        args.problems = SUITES[args.suite]
+    args.problems = list(dict.fromkeys(args.problems))
+    args.threads = args.threads or 1
+    return args
+
+
+def load_tasks(args):
+    """The problems of --suite or --problems; says when a rotation of MTMO is a stand-in."""
+    problems = [data.get_problem(n, args.data_dir, args.seed, args.shift) for n in args.problems]
+    rotations = sorted({data.MTMO[p.name][5] for p in problems if p.name in data.MTMO} - {None})
+    missing = [n for n in rotations if not (args.data_dir / "mtmo" / f"{n}.txt").exists()]
+    return problems, missing
+
+
+def main(argv=None):
+    """The command: every method of --method in turn, each resumable, then the report."""
+    args = resolve(build_parser().parse_args(argv))
+    problems, missing = load_tasks(args)
+    methods = args.method.split(",")
+    if len({p.n_obj for p in problems}) > 1 and "copsl" in methods:
+        methods.remove("copsl")  # it cannot: one shared layer reads one kind of preference
+        if not methods:
+            raise common.UserError("--method copsl needs tasks with one number of objectives")
+    with common.Run(args, f"coaction-{args.suite or 'problems'}") as run:
+        if run.world > args.seeds:
+            raise common.UserError(f"{run.world} processes, but only --seeds {args.seeds} to share")
+        seeds = run.share(range(args.seed, args.seed + args.seeds))
+        state = run.load() or {"done": {}, "trained": {}, "current": None}
+        run.begin()
+        world = World(problems, seeds, args, run.device)
+        for method in methods:
+            if method in state["done"]:
+                continue
+
+            def save(current):
+                run.save({**state, "current": current},
+                         f"{current['method']}, step {current['step']}")
+            net, history, spent = train(world, run, method, state["current"], save)
+            maps = attention_map(world, net) if method == "coaction" else {}
+            state["done"][method] = {"history": history, "spent": spent,
+                                     "parameters": net.num_parameters(), "maps": run.gather(maps)}
+            state["trained"][method] = run.gather(
+                {s: {n: p[i] for n, p in net.named_parameters()} for i, s in enumerate(seeds)})
+            state["current"] = None
+            run.save(state, method)
+        report(world, run, state, missing)
+
+
+def summarise(found, names):
+    """Of one method: {"hv", "range", "sparsity", "initial_hv": {task: one number per seed}}."""
+    history = found["history"]
+    first, last = history[min(history)], history[max(history)]
+
+    def table(rows, key):
+        return {n: [None if math.isnan(rows[s][key][k]) else rows[s][key][k] for s in sorted(rows)]
+                for k, n in enumerate(names)}
+
+    result = {key: table(last, key) for key in ("hv", "range", "sparsity")}
+    result |= {"initial_hv": table(first, "hv"), "parameters": found["parameters"]}
+    if found["maps"]:
+        result["attention"] = torch.stack(list(found["maps"].values())).mean(0).tolist()
+    return result
+
+
+def spread(numbers):
+    """Mean ± std of one number per seed, as text."""
+    if None in numbers:
+        return "-"
+    t = torch.tensor(numbers, dtype=torch.float64)
+    return f"{t.mean():.4f}" + (f" ±{t.std():.4f}" if len(t) > 1 else "")
+
+
+def report(world, run, state, missing):
+    """Tables, figure, result.json and the RESULT line (by rank 0)."""
+    if run.rank:
+        return
+    names, args = [p.name for p in world.problems], world.args
+    results = {m: summarise(found, names) for m, found in state["done"].items()}
+    for key, title in (("hv", "Hypervolume"), ("range", "Range (radians)"),
+                       ("sparsity", "Sparsity (smaller is denser)")):
+        run.table([title, *(METHODS[m] for m in results)],
+                  [[n, *(spread(results[m][key][n]) for m in results)] for n in names])
+        print()
+    means = {m: sum(map(sum, r["hv"].values())) / len(names) / args.seeds
+             for m, r in results.items()}
+    fresh = {m: sum(map(sum, r["initial_hv"].values())) / len(names) / args.seeds
+             for m, r in results.items()}
+    run.table(["", "mean HV", "before training", "parameters", "CPU-s, all seeds"],
+              [[METHODS[m], f"{means[m]:.4f}", f"{fresh[m]:.4f}", r["parameters"],
+                state["done"][m]["spent"]] for m, r in results.items()])
+    print(f"mean ± std over {args.seeds} seeds; all of (f - ideal) / (nadir - ideal); CPU-s of "
+          "this process, evaluation included")
+    if missing:
+        print(f"no {', '.join(missing)} in {args.data_dir / 'mtmo'}: random matrices stand in for "
+              "the competition's, so numbers of these tasks compare with nobody else's")
+    draw_figure(world, state, results, run.out_dir / "figure.png")
+    shown = "coaction" if "coaction" in results else list(results)[-1]
+    run.finish({"problems": names, "recipe": args.recipe, "seed": args.seed, "seeds": args.seeds,
+                "stand_in_matrices": missing, "results": results},
+               script="coaction", suite=args.suite or "own", method=shown, recipe=args.recipe,
+               seeds=args.seeds, hv=means[shown],
+               **{f"hv_{m.replace('-', '_')}": v for m, v in means.items() if m != shown},
+               out=run.out_dir)
+
+
+def draw_figure(world, state, results, path):
+    """Left: fronts per task (first seed of rank 0). Right: mean attention between tasks."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    styles = {"coaction": ("#0072B2", "o"), "copsl": ("#D55E00", "x"), "psl": ("#E69F00", "^"),
+              "no-attention": ("#009E73", "+"), "no-embedding": ("#CC79A7", "s")}  # Okabe-Ito
+    shown = [m for m in ("psl", "copsl", "coaction") if m in results] or list(results)[:3]
+    fronts = {}
+    for method in shown:
+        net, _ = world.network(method)
+        for name, p in net.named_parameters():
+            p.data.copy_(torch.stack([state["trained"][method][s][name] for s in world.seeds]))
+        fronts[method] = world.fronts(net)
+    tasks = len(world.problems)
+    columns = min(tasks, 3 if tasks <= 9 else 6)
+    rows, wide = -(-tasks // columns), 3.2 * columns
+    heat = "attention" in results.get("coaction", {})
+    figure = plt.figure(figsize=(wide + (5.4 if heat else 0), max(3.0 * rows, 4.2)),
+                        layout="constrained")
+    parts = figure.subfigures(1, 2, width_ratios=(wide, 5.4)) if heat else [figure]
+    for k, problem in enumerate(world.problems):
+        deep = problem.n_obj >= 3
+        axes = parts[0].add_subplot(rows, columns, k + 1, projection="3d" if deep else None)
+        reference = (data.reference_front(problem, 400) - problem.ideal) / (problem.nadir
+                                                                           - problem.ideal)
+        sets = [("reference", reference, "#AAAAAA", ".", 3)]
+        sets += [(METHODS[m].strip(), (fronts[m][k][0].cpu().double() - problem.ideal)
+                  / (problem.nadir - problem.ideal), *styles[m], 9) for m in shown]
+        beyond = 0
+        for label, f, colour, marker, size in sets:
+            inside = (f <= 1.6).all(-1)
+            beyond += int((~inside).sum()) if label != "reference" else 0
+            axes.scatter(*f[inside][:, :3].T, s=size, color=colour, marker=marker, linewidths=.7,
+                         alpha=.8, label=label)
+        told = f", {beyond} points beyond" if beyond else ""
+        hv = sum(results[shown[-1]]["hv"][problem.name]) / world.args.seeds
+        axes.set_title(f"{problem.name}  HV {hv:.3f}{told}", fontsize=8)
+        axes.tick_params(labelsize=6)
+        axes.locator_params(nbins=4)
+        if k == 0:
+            handles = axes.get_legend_handles_labels()
+    parts[0].legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    parts[0].suptitle(f"Normalised fronts, seed {world.seeds[0]}; HV of "
+                      f"{METHODS[shown[-1]].strip()}, mean of {world.args.seeds} seeds", fontsize=9)
+    if heat:
+        axes = parts[1].add_subplot()
+        image = axes.imshow(results["coaction"]["attention"], cmap="cividis", vmin=0)
+        names = [p.name for p in world.problems]
+        axes.set_xticks(range(tasks), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(tasks), names, fontsize=7)
+        axes.set(xlabel="is read", ylabel="reads")
+        parts[1].suptitle(f"Mean attention between tasks (uniform: {1 / tasks:.2f})", fontsize=9)
+        parts[1].colorbar(image, ax=axes, shrink=.7)
+    common.atomic_write(path, lambda p: figure.savefig(p, dpi=130))
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    common.run_cli(main)
