@@ -1,6 +1,6 @@
 """The claims of coaction.py over 10 seeds, every peer under the same tuned recipe and budget.
 
-    python benchmarks/coaction_claims.py --out DIR             run what is not there yet (half an hour)
+    python benchmarks/coaction_claims.py --out DIR             run what is not there (half an hour)
     python benchmarks/coaction_claims.py --out DIR --summary   the tables only
     python benchmarks/coaction_claims.py --out DIR --only f re3
 
@@ -30,8 +30,8 @@ import data
 
 SUITES = ["f", "re3", "re-mixed", "mtmo", "re2", "zdt", "mtmo-shift"]
 PEERS = ["psl", "copsl", "no-attention", "no-embedding"]
-GROWTH = ["f1", "f2", "f3", "f4", "f5", "f6", "zdt1", "zdt2", "zdt3", "re21", "re22", "re23", "re24",
-          "re25", "vlmop1", "vlmop2"]
+GROWTH = ["f1", "f2", "f3", "f4", "f5", "f6", "zdt1", "zdt2", "zdt3", "re21", "re22", "re23",
+          "re24", "re25", "vlmop1", "vlmop2"]
 
 
 def run_suite(name, args):
@@ -67,8 +67,8 @@ def growth(args):
                 row[method] = [net.num_parameters(), (time.process_time() - start) / 5]
             rows.append(row)
         common.write_json(path, rows)
-    print("\nC3, 100 steps, per seed of 5\n| K | PSL parameters | CoAction parameters | PSL CPU-s | "
-          "CoAction CPU-s | ratio |\n|---|---|---|---|---|---|")
+    print("\nC3, 100 steps, per seed of 5\n| K | PSL parameters | CoAction parameters | "
+          "PSL CPU-s | CoAction CPU-s | ratio |\n|---|---|---|---|---|---|")
     for r in json.loads(path.read_text()):
         (p, s), (q, t) = r["psl"], r["coaction"]
         print(f"| {r['K']} | {p:,} | {q:,} | {s:.2f} | {t:.2f} | {t / s:.2f} |")

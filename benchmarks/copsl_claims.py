@@ -58,7 +58,8 @@ def main():
                 found.setdefault(name, {}).update(result["hv_official"])
     print("| | " + " | ".join(PROBLEMS) + " |\n" + "|---" * (len(PROBLEMS) + 1) + "|")
     for name, hv in found.items():
-        print(f"| {name} | " + " | ".join(spread(hv[p]) if p in hv else "" for p in PROBLEMS) + " |")
+        cells = [spread(hv[p]) if p in hv else "" for p in PROBLEMS]
+        print(f"| {name} | " + " | ".join(cells) + " |")
         if name in AUTHORS:
             theirs = dict(zip(PROBLEMS, AUTHORS[name], strict=False))
             cells = []
