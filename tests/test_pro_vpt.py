@@ -1,0 +1,555 @@
+"""pro_vpt.py: equations against oracles, one tensor against lists, loaders, protocol, command."""
+import copy
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from scipy import stats
+from tools import (
+    ROOT,
+    exit_code,
+    finish,
+    method_section,
+    paste,
+    result,
+    start,
+    torchrun,
+    wait_for_rows,
+)
+
+import common
+import data
+import pro_vpt
+from benchmarks import pro_vpt_plain as plain
+
+SCRIPT = "pro_vpt.py"
+
+
+def tiny_vit(eps=1e-6, layers=3, width=32, size=16, seed=0, cls=transformers.ViTModel):
+    """A small ViT whose random weights are large enough for every block to matter."""
+    torch.manual_seed(seed)
+    config = transformers.ViTConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=2 * width, image_size=size, patch_size=8, layer_norm_eps=eps)
+    vit = cls(config, add_pooling_layer=False)
+    with torch.no_grad():
+        for name, p in vit.named_parameters():
+            p.normal_(std=.2) if p.dim() > 1 else p.add_(.1 * torch.randn(p.shape))
+    return vit.requires_grad_(False).eval()
+
+
+def make_model(counts=(2, 3, 0), classes=4, eps=1e-6, dtype=torch.float64, **more):
+    vit = tiny_vit(eps, layers=len(counts)).to(dtype)
+    torch.manual_seed(1)
+    return pro_vpt.PromptedViT(vit, classes, list(counts), **more)
+
+
+def make_batch(n=6, classes=4, dtype=torch.float64, size=16, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+    return pixels, torch.arange(n) % classes
+
+
+def plain_copy(model):
+    """The plain arrangement with the prompts and head of a PromptedViT."""
+    prompts = [[model.prompts.detach()[k] for k in rows.tolist()] for rows in model.rows]
+    return plain.PlainPromptedViT(model.vit, prompts, model.head.weight.detach(),
+                                  model.head.bias.detach())
+
+
+# ================================================================================================
+# Model
+# ================================================================================================
+
+
+@pytest.mark.parametrize("counts", [(2, 3, 1), (0, 4, 0), (0, 0, 0), (5, 0, 0), (0, 0, 2)])
+def test_prompts_as_keys_and_values_equal_whole_blocks(counts):
+    """Also against transformers' own forward where there are no prompts at all."""
+    model, (pixels, _) = make_model(counts), make_batch()
+    logits = model(model.embed(pixels))
+    torch.testing.assert_close(logits, plain_copy(model)(pixels), rtol=0, atol=1e-12)
+    assert model.counts() == list(counts) and model.prompts.shape == (sum(counts), 32)
+    own = model.head(model.vit(pixel_values=pixels).last_hidden_state[:, 0])
+    assert torch.allclose(logits, own, atol=1e-10) == (sum(counts) == 0)
+
+
+def test_shallow_prompts_stay_through_all_blocks():
+    model, (pixels, _) = make_model((4, 0, 0), shallow=True), make_batch()
+    x = model.embed(pixels)
+    x = torch.cat([x[:, :1], model.prompts.expand(6, -1, -1), x[:, 1:]], 1)
+    for layer in model.vit.layers:
+        x = layer(x)
+    own = model.head(model.vit.layernorm(x)[:, 0])
+    torch.testing.assert_close(model(model.embed(pixels)), own, rtol=0, atol=1e-12)
+    deep = make_model((4, 0, 0))
+    assert not torch.allclose(deep(deep.embed(pixels)), own, atol=1e-3)
+
+
+def test_initial_prompts_are_uniform_in_vpts_range():
+    vit = transformers.ViTModel(
+        transformers.ViTConfig(num_hidden_layers=1, intermediate_size=8), add_pooling_layer=False)
+    torch.manual_seed(0)
+    model = pro_vpt.PromptedViT(vit, 2, [200])
+    bound = math.sqrt(6 / (3 * 16 ** 2 + 768))  # ViT-B/16
+    assert bound == .0625 and model.prompts.abs().max() <= bound
+    assert stats.kstest(model.prompts.detach().flatten().numpy() / bound,
+                        stats.uniform(-1, 2).cdf).pvalue > .01
+
+
+def test_only_prompts_and_head_learn():
+    model, (pixels, labels) = make_model(), make_batch()
+    assert list(model.trainable()) == ["prompts", "head.weight", "head.bias"]
+    assert list(make_model((0, 0, 0)).trainable()) == ["head.weight", "head.bias"]
+    before = copy.deepcopy(model.vit.state_dict())
+    optimizer = torch.optim.SGD(model.trainable().values(), 1.0)
+    F.cross_entropy(model(model.embed(pixels)), labels).backward()
+    optimizer.step()
+    assert all(t.equal(before[n]) for n, t in model.vit.state_dict().items())
+    assert not any(m.training for m in model.vit.modules())
+
+
+# ================================================================================================
+# Scores (E2), and finding 1
+# ================================================================================================
+
+
+def taylor(model, tokens, labels):
+    loss = F.cross_entropy(model(tokens), labels)
+    (gradient,) = torch.autograd.grad(loss, [model.prompts])
+    return pro_vpt.idleness_scores(model.prompts.detach(), gradient)
+
+
+def test_the_score_is_the_gradient_of_a_gate_and_a_first_order_difference():
+    model, (pixels, labels) = make_model(), make_batch()
+    tokens = model.embed(pixels)
+    scores = taylor(model, tokens, labels)
+    gates, own = plain_copy(model), torch.zeros(5, dtype=torch.float64)
+    loss = F.cross_entropy(gates(pixels), labels)
+    loss.backward()
+    own = torch.stack([gates.gates[id(p)].grad for p in gates.prompts()])
+    torch.testing.assert_close(scores, own, rtol=1e-8, atol=1e-15)
+    for k in range(5):  # L(p_k) - L((1 - h) p_k) = h I_k
+        h, kept = 1e-3, model.prompts.detach().clone()
+        losses = []
+        for factor in (1 + h, 1 - h):
+            with torch.no_grad():
+                model.prompts[k] = factor * kept[k]
+                losses.append(F.cross_entropy(model(tokens), labels))
+                model.prompts.copy_(kept)
+        torch.testing.assert_close((losses[0] - losses[1]) / (2 * h), scores[k], rtol=1e-3,
+                                   atol=1e-12)
+    norms = pro_vpt.idleness_scores(model.prompts, None, "norm")
+    assert norms.argmax() == model.prompts.square().sum(1).argmin()
+
+
+def test_post_ln_score_is_the_first_order_change_of_the_key_and_value():
+    model, (pixels, labels) = make_model(), make_batch()
+    tokens, gates = model.embed(pixels), torch.ones(5, dtype=torch.float64, requires_grad=True)
+    loss = F.cross_entropy(model(tokens, gates=gates), labels)
+    (gradient,) = torch.autograd.grad(loss, [gates])
+    scores = pro_vpt.idleness_scores(gates.detach()[:, None], gradient[:, None])
+    h = 1e-4
+    for k in range(5):
+        values = []
+        for sign in (1, -1):
+            moved = torch.ones(5, dtype=torch.float64)
+            moved[k] += sign * h
+            values.append(F.cross_entropy(model(tokens, gates=moved), labels))
+        torch.testing.assert_close((values[0] - values[1]) / (2 * h), scores[k], rtol=1e-5,
+                                   atol=1e-10)
+    assert scores.abs().min() > 1e-6  # no factor ε in it
+
+
+def test_exact_idleness_is_what_a_model_without_the_prompt_says():
+    model, (pixels, labels) = make_model(), make_batch()
+    scores = pro_vpt.exact_idleness(model, model.embed(pixels), labels)
+    whole = F.cross_entropy(plain_copy(model)(pixels), labels).item()
+    for k in range(5):
+        less = plain_copy(model)
+        block = model.block[k].item()
+        del less.blocks[block][model.rows[block].tolist().index(k)]
+        assert scores[k].item() == pytest.approx(
+            whole - F.cross_entropy(less(pixels), labels).item(), abs=1e-6)
+    assert model.counts() == [2, 3, 0]
+    useful = pro_vpt.block_usefulness(model, model.embed(pixels), labels)
+    for b in range(3):
+        less = plain_copy(model)
+        less.blocks[b] = []
+        assert useful[b].item() == pytest.approx(
+            F.cross_entropy(less(pixels), labels).item() - whole, abs=1e-6)
+    assert model.counts() == [2, 3, 0] and useful[2] == 0
+
+
+@pytest.mark.parametrize("eps, size, agree", [(1e-6, 1e-3, True), (1e-12, 1e-9, False)])
+def test_finding_1_the_score_carries_the_epsilon_of_layer_norm(eps, size, agree):
+    """ε = 1e-6: tiny, but float32 and float64 agree. ε = 1e-12: smaller by ε, and float32 is noise.
+
+    The exact change of the loss is the same for both, and large.
+    """
+    torch.manual_seed(0)
+    model, (pixels, labels) = make_model((8, 8, 8), eps=eps), make_batch(32)
+    tokens = model.embed(pixels)
+    exact = pro_vpt.exact_idleness(model, tokens, labels)
+    double = taylor(model, tokens, labels)
+    single = taylor(copy.deepcopy(model).float(), tokens.float(), labels)
+    assert exact.abs().median() > 1e-4 and double.abs().median() < size
+    # I_k = ε / (var(p) + ε) · ⟨∂L/∂LN(p), what LN(p) would lose⟩: proportional to ε
+    ratio = double.abs().median() / taylor(
+        make_model((8, 8, 8), eps=eps / 10), tokens, labels).abs().median()
+    assert ratio.item() == pytest.approx(10, rel=.05)
+    r = np.corrcoef(single.numpy(), double.numpy())[0, 1]
+    assert r > .99 if agree else abs(r) < .5
+
+
+def test_a_prompt_can_be_scaled_without_changing_the_loss():
+    """Why finding 1 holds: before LN only the direction counts. 10⁻³ shrinks a prompt only by ε."""
+    stds = {}
+    for eps in (1e-6, 1e-12):
+        norm = nn.LayerNorm(768, eps=eps)
+        p = torch.empty(64, 768).uniform_(-.0625, .0625, generator=torch.Generator().manual_seed(0))
+        stds[eps] = norm(1e-3 * p).std().item()
+    assert stds[1e-6] == pytest.approx(.036, abs=.002) and stds[1e-12] == pytest.approx(1, abs=.01)
+
+
+# ================================================================================================
+# Moves and allocators (E3 - E5)
+# ================================================================================================
+
+
+def test_relocate():
+    prompts, block = torch.ones(4, 3), torch.tensor([0, 0, 1, 2])
+    momentum = torch.ones(4, 3)
+    pro_vpt.relocate(prompts, block, 1, 2, momentum=momentum)
+    assert block.tolist() == [0, 2, 1, 2]
+    torch.testing.assert_close(prompts[1], torch.full((3,), 1e-3))
+    assert momentum.sum(1).tolist() == [3, 0, 3, 3] and prompts[[0, 2, 3]].eq(1).all()
+    pro_vpt.relocate(prompts, block, 1, 2)  # into its own block: nothing
+    torch.testing.assert_close(prompts[1], torch.full((3,), 1e-3))
+
+
+def test_allocator_state_by_hand():
+    scores, block = torch.tensor([3., 1., -1., 5.]), torch.tensor([0, 0, 2, -1])
+    state = pro_vpt.allocator_state(scores, block, 0, 4)
+    sums = np.array([4., 0., -1., 0.])  # the removed prompt counts nowhere
+    z = (sums - sums.mean()) / (sums.std() + 1e-8)
+    np.testing.assert_allclose(state[:4], z, rtol=1e-5)
+    np.testing.assert_allclose(state[4:8], np.array([1, 0, 1, 0]) / 3, rtol=1e-6)
+    assert state[8:].tolist() == [1, 0, 0, 0]
+
+
+def ppo_by_hand(allocator, states, actions, rewards):
+    """The same update written with torch.distributions and one sample at a time."""
+    actor, critic = copy.deepcopy(allocator.actor), copy.deepcopy(allocator.critic)
+    adam = torch.optim.Adam([{"params": actor.parameters(), "lr": 3e-4},
+                             {"params": critic.parameters(), "lr": 1e-3}])
+    with torch.no_grad():
+        old = [torch.distributions.Categorical(logits=actor(s)).log_prob(torch.tensor(a))
+               for s, a in zip(states, actions, strict=True)]
+        values = [critic(s).item() for s in states]
+    returns = np.array([sum(rewards[i:]) for i in range(len(rewards))])
+    returns = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-7)
+    for _ in range(60):
+        loss = 0
+        for s, a, lp, v, r in zip(states, actions, old, values, returns, strict=True):
+            policy = torch.distributions.Categorical(logits=actor(s))
+            ratio = torch.exp(policy.log_prob(torch.tensor(a)) - lp)
+            gain = min(ratio * (r - v), ratio.clamp(.8, 1.2) * (r - v))
+            loss = loss + (-gain + .5 * (critic(s)[0] - r) ** 2 - .01 * policy.entropy()) / 2
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return actor, critic
+
+
+def test_ppo_update_against_torch_distributions():
+    torch.manual_seed(0)
+    allocator = pro_vpt.PPOAllocator(3)
+    states, rewards = torch.randn(2, 9), [.3, -.2]
+    generator, actions = torch.Generator().manual_seed(0), []
+    before = copy.deepcopy(allocator)
+    for s, r in zip(states, rewards, strict=True):
+        actions.append(allocator.choose(s, generator))
+        allocator.learn(r)
+    assert allocator.memory == []
+    actor, critic = ppo_by_hand(before, states, actions, rewards)
+    for ours, theirs in zip([*allocator.actor.parameters(), *allocator.critic.parameters()],
+                            [*actor.parameters(), *critic.parameters()], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(allocator.actor[0].weight, before.actor[0].weight)
+
+
+def test_finding_3_only_the_sign_of_the_first_reward_is_seen():
+    def learned(rewards, every=2):
+        torch.manual_seed(0)
+        allocator, generator = pro_vpt.PPOAllocator(3, every=every), torch.Generator()
+        generator.manual_seed(0)
+        for s, r in zip(torch.randn(len(rewards), 9), rewards, strict=True):
+            allocator.choose(s, generator)
+            allocator.learn(r)
+        return allocator.actor[4].bias.detach()
+
+    same = learned([1., 5.])
+    torch.testing.assert_close(learned([100., -7.]), same, rtol=0, atol=1e-4)
+    assert (learned([-1., 5.]) - same).abs().max() > 1e-3
+    assert (learned([1., 5., 2.], 3) - learned([1., -5., 2.], 3)).abs().max() > 1e-3
+
+
+def test_thompson_draws_are_beta_and_learn():
+    allocator, generator = pro_vpt.ThompsonAllocator(2), torch.Generator().manual_seed(0)
+    allocator.wins, allocator.losses = [3, 5], [2, 1]
+    beats = np.mean([allocator.choose(None, generator) == 1 for _ in range(4000)])
+    rng = np.random.default_rng(0)
+    wanted = np.mean(rng.beta(6, 2, 200_000) > rng.beta(4, 3, 200_000))
+    assert abs(beats - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 4000)
+    allocator = pro_vpt.ThompsonAllocator(3)
+    for _ in range(200):
+        block = allocator.choose(None, generator)
+        allocator.learn(.1 if block == 2 else -.1)
+    assert allocator.wins[2] > 150 and allocator.wins[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("make", [lambda: pro_vpt.PPOAllocator(3),
+                                  lambda: pro_vpt.ThompsonAllocator(3)])
+def test_allocators_continue_from_a_saved_state(make, tmp_path):
+    torch.manual_seed(0)
+    first, states = make(), torch.randn(9, 9)
+    for i in range(5):  # an odd number: PPO's memory is not empty
+        first.choose(states[i], torch.Generator().manual_seed(i))
+        first.learn(.1 * i - .2)
+    first.choose(states[5], torch.Generator().manual_seed(5))
+    torch.save(first.state_dict(), tmp_path / "a.pt")
+    second = make()
+    second.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    for allocator in (first, second):
+        allocator.learn(.7)
+        allocator.picked = []
+        for i in range(6, 9):
+            allocator.picked.append(allocator.choose(states[i], torch.Generator().manual_seed(i)))
+            allocator.learn(-.3)
+    assert first.picked == second.picked
+    for a, b in zip(flat(first.state_dict()), flat(second.state_dict()), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def flat(value):
+    """All leaves of nested dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [leaf for v in value for leaf in flat(v)]
+    return [value]
+
+
+def test_planned_moves():
+    share = torch.tensor([.5, .25, .25, 0.])
+    moves = pro_vpt.planned_moves([2, 2, 2, 2], share, 8)
+    assert moves == [(3, 0), (3, 0)]
+    assert pro_vpt.planned_moves([2, 2, 2, 2], share, 1) == [(3, 0)]
+    assert pro_vpt.planned_moves([4, 2, 2, 0], share, 8) == []
+    assert pro_vpt.planned_moves([2, 2], torch.tensor([.6, .4]), 8) == []  # off by .4 prompts
+
+
+# ================================================================================================
+# The loop: one tensor against lists
+# ================================================================================================
+
+
+class NoRun:
+    """What a Training asks of common.Run, for one process."""
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def share(self, items):
+        return list(items)
+
+    def gather(self, part):
+        return part
+
+    def progress(self, items, *_, **__):
+        return items
+
+    def log(self, **row):
+        pass
+
+
+class PixelPart:
+    """A Part of ready pixels."""
+
+    def __init__(self, pixels, labels):
+        self.pixels, self.labels = pixels, labels
+
+    def batches(self, index_lists, seeds=None, pixels=False):
+        return (self.pixels[i] for i in index_lists)
+
+
+def make_training(*options, n=22, counts=3, method="pro-vpt"):
+    """A float64 Training on 22 pictures in batches of 6 (the last one has 4), without dropout."""
+    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(
+        ["--batch", "6", "--epochs", "6", "--prompts", str(counts), "--lr", ".5", "--eps", "1e-6",
+         "--score-images", "16", *options]))
+    pixels, labels = make_batch(n)
+    part = PixelPart(pixels, labels)
+    task = pro_vpt.Task(tiny_vit().double(), 4, part, part, False)
+    job = pro_vpt.Job("planted", method, "test", 0, args.lr, args.weight_decay)
+    return pro_vpt.Training(task, NoRun(), args, job)
+
+
+def lists_of(training, purpose):
+    generator = training.generator("batches", purpose)
+    return torch.randperm(22, generator=generator).split(6)
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--recipe", "official"], ["--allocator", "thompson"],
+    ["--recipe", "official", "--allocator", "thompson", "--warmup", "2"]], ids=" ".join)
+def test_one_tensor_equals_a_list_of_prompts_over_24_steps_with_moves(options, monkeypatch):
+    training = make_training(*options)
+    seen = []
+    original = pro_vpt.gradients
+
+    def recording(now, wanted, purpose, *more):
+        for loss, grads, size in original(now, wanted, purpose, *more):
+            seen.append((purpose, loss.item(), [g.clone() for g in grads]))
+            yield loss, grads, size
+
+    monkeypatch.setattr(pro_vpt, "gradients", recording)
+    official = "official" in options
+    peer = plain_copy(training.model)
+    number = {id(p): k for k, p in enumerate(peer.prompts())}  # prompt -> row of our tensor
+    rows = {k: p for p in peer.prompts() for k in [number[id(p)]]}
+    parameters = [rows[k] for k in range(9)]
+    sgd = torch.optim.SGD([*parameters, peer.weight, peer.bias], .5, .9, weight_decay=1e-4)
+    allocator = copy.deepcopy(training.allocator)
+    part, pending, steps, moved, warmup = training.task.train, None, 0, [], training.args.warmup
+    for epoch in range(6):
+        scored, trained = lists_of(training, "score"), lists_of(training, "train")
+        chooser = training.generator("allocator")
+        seen.clear()
+        pro_vpt.relocation(training)
+        if epoch >= warmup:
+            batches = [(part.pixels[i], part.labels[i]) for i in scored]
+            scores, losses = plain.score_pass(peer, batches, .25 if official else None)
+            cost = sum(x / n for x, n in losses) if official else \
+                sum(x * n for x, n in losses) / 22
+            np.testing.assert_allclose([s[1] for s in seen], [x for x, _ in losses], rtol=1e-12)
+            idlest = max(scores, key=scores.get)
+            if pending:
+                before, gone = pending
+                allocator.learn(before - cost - (scores[idlest] if official else gone))
+                pending = None
+            if scores[idlest] > 0:
+                source = next(b for b, ps in enumerate(peer.blocks) if idlest in map(id, ps))
+                place = [id(p) for p in peer.blocks[source]].index(idlest)
+                sums = np.array([sum(scores[id(p)] for p in ps) for ps in peer.blocks])
+                z = (sums - sums.mean()) / (sums.std() + 1e-8)
+                left = np.array([len(ps) - (b == source) for b, ps in enumerate(peer.blocks)])
+                state = torch.tensor([*z, *left / 9, *np.eye(3)[source]], dtype=torch.float32)
+                target = allocator.choose(state, chooser)
+                plain.move(peer, source, place, target)
+                pending = cost, scores[idlest]
+                moved.append([epoch, number[idlest], target])
+        else:
+            assert seen == []  # nothing is scored before the warm-up
+        seen.clear()
+        pro_vpt.train_epoch(training)
+        for (_, loss, grads), indices in zip(seen, trained, strict=True):
+            theirs, own = plain.train_step(peer, sgd, part.pixels[indices], part.labels[indices])
+            order = [number[id(p)] for p in peer.prompts()]
+            stacked = torch.zeros(9, 32, dtype=torch.float64)
+            stacked[order] = torch.stack(own[:-2])
+            # .25 and more of what is compared here was clipped in place by pro_vpt after the yield
+            assert loss == pytest.approx(theirs, rel=1e-10)
+            torch.testing.assert_close(grads[0], stacked, rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(grads[1], own[-2], rtol=1e-8, atol=1e-12)
+            steps += 1
+        training.epoch += 1
+        ours = [rows.tolist() for rows in training.model.rows]
+        theirs = [sorted(number[id(p)] for p in ps) for ps in peer.blocks]
+        assert ours == theirs
+    assert training.moves == moved and len(moved) >= 3
+    assert len({tuple(m[1:]) for m in moved}) >= 2 and steps == 24
+    torch.testing.assert_close(training.model.prompts.detach(),
+                               torch.stack([p.detach() for p in parameters]), rtol=0, atol=1e-11)
+
+
+def test_running_scores_are_those_of_the_gradients_while_training():
+    training = make_training("--scores", "running", "--lr", "1e-12")  # nothing moves: a pass
+    lists, peer = lists_of(training, "train"), plain_copy(training.model)
+    part = training.task.train
+    scores, losses = plain.score_pass(peer, [(part.pixels[i], part.labels[i]) for i in lists])
+    pro_vpt.train_epoch(training)
+    np.testing.assert_allclose(training.running[0], [scores[id(p)] for p in peer.prompts()],
+                               rtol=1e-4)
+    assert training.running[1] == pytest.approx(sum(x * n for x, n in losses) / 22, rel=1e-9)
+
+
+def test_official_scores_are_clipped_by_a_norm_with_the_head():
+    training = make_training("--recipe", "official")
+    paper = make_training()
+    assert training.args.dropout == 0
+    official, _ = pro_vpt.score_pass(training)
+    plain_scores, _ = pro_vpt.score_pass(paper)
+    assert official.abs().sum() < plain_scores.abs().sum()
+
+
+@pytest.mark.parametrize("method", ["random-relocation", "prune-only", "pro-vpt", "adaptive"])
+def test_prompts_are_kept_and_pruning_has_a_floor(method):
+    training = make_training("--epochs", "14", method=method, counts=1)
+    found = pro_vpt.train(training, lambda now: None)
+    totals = [sum(c) for c in found["counts"]]
+    assert len(found["losses"]) == 14 and len(found["counts"]) == 15
+    if method == "prune-only":
+        assert totals[0] == 3 and min(totals) >= 1 and totals[-1] < 3
+        assert sorted(totals, reverse=True) == totals
+    else:
+        assert set(totals) == {3}
+    assert len(found["moves"]) > 0
+
+
+def test_the_joint_clip_and_finding_2():
+    """After a move, the moved prompt alone holds most of the squared norm of the gradient."""
+    training = make_training("--clip", "0.25")
+    pro_vpt.train_epoch(training)
+    model, part = training.model, training.task.train
+    tokens = model.embed(part.pixels)
+
+    def share():
+        loss = F.cross_entropy(model(tokens), part.labels)
+        grads = torch.autograd.grad(loss, list(training.params.values()))
+        squares = grads[0].square().sum(1)
+        return (squares[0] / sum(g.square().sum() for g in grads)).item()
+
+    before, block = share(), model.block.clone()
+    assert before < .1
+    pro_vpt.relocate(model.prompts, block, 0, 2)
+    model.place(block)
+    assert share() > .47
+
+
+def test_adaptation_moves_towards_a_block_that_matters():
+    training = make_training(method="adaptive", counts=4)
+    training.epoch = 1
+    model = training.model
+    pro_vpt.train_epoch(training)
+    tokens, labels = pro_vpt.sample(training, "usefulness", 16)
+    useful = pro_vpt.block_usefulness(model, tokens, labels).clamp(min=0)
+    before, momentum = model.counts(), training.optimizer.state[model.prompts]["momentum_buffer"]
+    pro_vpt.adaptation(training)
+    wanted = 12 * useful / useful.sum()
+    distance = [(torch.tensor(c) - wanted).abs().sum().item() for c in (before, model.counts())]
+    assert distance[1] < distance[0]
+    (_, k, _), *_ = training.moves
+    assert momentum[k].eq(0).all() and model.prompts[k].abs().max() <= model.bound
