@@ -553,3 +553,197 @@ def test_adaptation_moves_towards_a_block_that_matters():
     assert distance[1] < distance[0]
     (_, k, _), *_ = training.moves
     assert momentum[k].eq(0).all() and model.prompts[k].abs().max() <= model.bound
+
+
+# ================================================================================================
+# Real data and models in their own formats
+# ================================================================================================
+
+TONES = [(200, 40, 40), (40, 160, 60), (50, 80, 210), (220, 200, 60), (120, 60, 160)]
+
+
+def picture(path, c, rng, size=(20, 16)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.array(TONES[c % 5]) + rng.normal(0, 40, (*size, 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+
+def write_vtab(root, tasks, sizes=(("train800", 12), ("val200", 6), ("test", 8))):
+    """vtab-1k/<task>/{train800,val200,test}.txt and images/, as the community shares it."""
+    rng = np.random.default_rng(0)
+    for task in tasks:
+        classes = min(data.VTAB_TASKS[task], 3)
+        for split, n in sizes:
+            lines = []
+            for i in range(n):
+                name = f"images/{split}/{i:06d}.png"
+                picture(root / "vtab-1k" / task / name, i % classes, rng)
+                lines.append(f"{name} {i % classes}\n")
+            (root / "vtab-1k" / task / f"{split}.txt").write_text("".join(lines))
+    return root
+
+
+def write_fgvc(root, name, classes=3, first=1):
+    folder, images, _ = data.FGVC_SETS[name]
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 9), ("val", 3), ("test", 6)):
+        table = {f"{i % classes}/{split}_{i}.png": i % classes + first for i in range(n)}
+        for file, c in table.items():
+            picture(root / "fgvc" / folder / images / file, c, rng)
+        (root / "fgvc" / folder / f"{split}.json").write_text(json.dumps(table))
+    return root
+
+
+def save_vit(path, cls="vit"):
+    """A ViT of two blocks on 16 pixels in a directory, as save_pretrained writes it."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    if cls == "mae":
+        config = transformers.ViTMAEConfig(
+            **sizes, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=2, decoder_intermediate_size=16)
+        model = transformers.ViTMAEForPreTraining(config)
+    else:
+        model = transformers.ViTModel(transformers.ViTConfig(**sizes))
+    model.save_pretrained(path)
+    return path
+
+
+def real_words(root, vit, *more):
+    return ["--data-dir", root, "--model", vit, "--epochs", "2", "--prompts", "2", "--batch", "8",
+            "--lr", ".5", *more]
+
+
+def test_vtab_lists_and_transform(tmp_path):
+    write_vtab(tmp_path, ["dmlab"])
+    splits = data.load_splits("vtab-dmlab", tmp_path)
+    assert (splits.num_classes, splits.family) == (6, "vtab")
+    assert [len(y) for _, y in (splits.train, splits.val, splits.test)] == [12, 6, 8]
+    images, labels = splits.train_and_val()
+    assert len(images) == len(labels) == 18 and labels[12:].tolist() == [0, 1, 2, 0, 1, 2]
+    transform, random_transform = data.transfer_transforms("vtab", 16, (.5,) * 3, (.5,) * 3)
+    assert random_transform is None
+    x = transform(images[0])
+    small = images[0].resize((16, 16), Image.BILINEAR)  # 20 x 16: the sides are not kept in ratio
+    wanted = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255 * 2 - 1
+    torch.testing.assert_close(x, wanted, rtol=0, atol=1e-6)
+
+
+def test_the_table_of_tasks_is_vtab_1k():
+    assert [len(g) for g in data.VTAB_GROUPS.values()] == [7, 4, 8] and len(data.VTAB_TASKS) == 19
+    assert sum(data.VTAB_TASKS.values()) == 795 + 62 + 83
+
+
+def test_fgvc_lists_classes_and_transform(tmp_path):
+    write_fgvc(tmp_path, "cub", first=5)  # labels 5, 6, 7
+    splits = data.load_splits("fgvc-cub", tmp_path)
+    assert splits.num_classes == 200 and splits.train[1].tolist() == [0, 1, 2] * 3
+    assert [len(y) for _, y in (splits.train, splits.val, splits.test)] == [9, 3, 6]
+    transform, random_transform = data.transfer_transforms("fgvc", 224, (.5,) * 3, (.5,) * 3)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    assert transform(image).shape == random_transform(image).shape == (3, 224, 224)
+    assert transform.transforms[0].size == 256
+
+
+def test_cifar100_draws_800_and_200_of_the_training_images(tmp_path, monkeypatch):
+    labels = np.arange(1500) % 100
+    images = data.Images(np.repeat(labels[:, None, None, None], 3, 3).astype(np.uint8))
+    full = data.ImageSet("cifar100", list(map(str, range(100))), "{}", images, labels, images,
+                         labels)
+    monkeypatch.setattr(data, "load_images", lambda name, folder: full)
+    splits, other = (data.load_splits("cifar100", tmp_path, seed) for seed in (0, 1))
+    assert [len(y) for _, y in (splits.train, splits.val, splits.test)] == [800, 200, 1500]
+    both, drawn = splits.train_and_val()
+    assert [both[i].getpixel((0, 0))[0] for i in range(50)] == drawn[:50].tolist()
+    assert splits.train[1].tolist() != other.train[1].tolist()
+
+
+@pytest.mark.parametrize("method", ["pro-vpt", "full", "vpt-shallow,linear", "fixed:0,3"])
+def test_vtab_task_with_a_saved_vit(tmp_path, method):
+    write_vtab(tmp_path, ["kitti"])
+    words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--method", method)
+    pro_vpt.main([str(w) for w in [*words, "--dataset", "vtab-kitti", "--out-dir",
+                                   tmp_path / "out"]])
+    found = result(tmp_path / "out")["results"]
+    assert list(found) == [f"vtab-kitti/{m}/test/0" for m in re.split(r",(?!\d)", method)]
+    first = next(iter(found.values()))
+    assert 0 <= first["accuracy"] <= 100 and len(first["losses"]) == 2
+    counts = {"pro-vpt": 4, "full": 0, "vpt-shallow,linear": 4, "fixed:0,3": 3}[method]
+    assert sum(first["counts"][-1]) == counts
+
+
+def test_an_mae_and_another_norm(tmp_path):
+    write_vtab(tmp_path, ["kitti"])
+    out = []
+    for norm, kind in (("half", "vit"), ("half", "mae"), ("imagenet", "mae")):
+        words = real_words(tmp_path, save_vit(tmp_path / kind, kind), "--norm", norm, "--dataset",
+                           "vtab-kitti", "--out-dir", tmp_path / f"{norm}-{kind}")
+        pro_vpt.main([str(w) for w in words])
+        out.append(next(iter(result(tmp_path / f"{norm}-{kind}")["results"].values()))["losses"])
+    assert out[0] != out[1] != out[2]
+    vit = data.vit_backbone(str(tmp_path / "mae"), 1e-6, 0, "cpu", tmp_path)
+    assert {m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+def test_fgvc_trains_on_augmented_pictures(tmp_path):
+    write_fgvc(tmp_path, "dogs")
+    words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "fgvc-dogs")
+    for name in "ab":
+        pro_vpt.main([str(w) for w in [*words, "--out-dir", tmp_path / name]])
+    a, b = (result(tmp_path / name)["results"] for name in "ab")
+    assert a == b and len(a) == 1
+
+
+def test_the_suite_prints_group_means_beside_the_papers(tmp_path, capsys):
+    write_vtab(tmp_path, data.VTAB_TASKS)
+    words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--suite", "vtab", "--method",
+                       "linear,pro-vpt", "--epochs", "1", "--out-dir", tmp_path / "out")
+    pro_vpt.main([str(w) for w in words])
+    found, table = result(tmp_path / "out")["results"], capsys.readouterr().out
+    assert len(found) == 38
+    means = []
+    for tasks in data.VTAB_GROUPS.values():
+        means.append(np.mean([found[f"vtab-{t}/linear/test/0"]["accuracy"] for t in tasks]))
+    row = next(line for line in table.splitlines()
+               if line.startswith("linear probe") and "vtab-" not in line)
+    assert row.split()[2:] == [f"{v:.2f}" for v in [*means, np.mean(means)]]
+    assert re.search(r"paper: PRO-VPT +83\.30 +86\.20 +64\.50 +78\.00", table)
+    assert "JPEG" in table
+
+
+def test_search_chooses_on_val_and_reports_three_seeds_and_resumes(tmp_path):
+    write_vtab(tmp_path, ["kitti"])
+    words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "vtab-kitti", "--search",
+                       "--grid-lr", "64,2,.2", "--grid-wd", ".01,0")
+    for name in ("a", "b"):
+        process = start(SCRIPT, [*words, "--out-dir", tmp_path / name])
+        if name == "b":  # killed in the grid
+            wait_for_rows(tmp_path / "b", 5, process)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not (tmp_path / "b" / "result.json").exists()
+            process = start(SCRIPT, [*words, "--out-dir", tmp_path / "b", "--resume"])
+        finish(process)
+    found = result(tmp_path / "a")["results"]
+    assert found == result(tmp_path / "b")["results"]
+    cells = {k: v["accuracy"] for k, v in found.items() if "/val/" in k}
+    assert list(cells) == [f"vtab-kitti/pro-vpt/val/lr {lr * 8 / 256:g} wd {wd:g}"
+                           for lr, wd in itertools.product((64, 2, .2), (.01, 0))]
+    assert [k for k in found if "/test/" in k] == \
+        [f"vtab-kitti/pro-vpt/test/{seed}" for seed in (18, 25, 42)]
+    rows = [json.loads(row) for row in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 9 * 2 and len({r["loss"] for r in rows}) > 10
+
+
+def test_a_folder_of_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("test", 3)):
+        for c, i in itertools.product(range(3), range(n)):
+            picture(tmp_path / "own" / split / f"tone_{c}" / f"{i}.png", c, rng)
+    words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", f"folder:{tmp_path}/own",
+                       "--out-dir", tmp_path / "out")
+    pro_vpt.main([str(w) for w in words])
+    splits = data.load_splits(f"folder:{tmp_path}/own", tmp_path, 0)
+    assert [len(y) for _, y in (splits.train, splits.val, splits.test)] == [14, 4, 9]
+    assert (tmp_path / "out" / "figure.png").exists()
