@@ -1,6 +1,83 @@
-"""PRO-VPT: prompts that move to the block where they are needed, and what the score measures
+"""PRO-VPT: prompts that move to where they are needed, and what the score really measures
 
-HEADER
+Shang et al., "PRO-VPT: Distribution-Adaptive Visual Prompt Tuning via Prompt Relocation" (first
+title: "Iterative Prompt Relocation for Distribution-Adaptive Visual Prompt Tuning"), ICCV 2025,
+arXiv 2503.06901. Authors' code: github.com/ckshang/PRO-VPT, on top of KMnP/vpt.
+
+The idea
+    VPT-deep puts the same number of learnable tokens before every block of a frozen ViT. How many a
+    block needs depends on the task and changes as the prompts learn, so PRO-VPT optimises their
+    distribution too: in every epoch it finds the idlest prompt, takes it out of its block, lets a
+    small policy choose the block it goes to, tunes, and rewards the policy by what came of it.
+
+Run
+    python pro_vpt.py                                      the small world: 2 minutes, no download
+    python pro_vpt.py --dataset vtab-cifar --search        one task by the paper's protocol
+    python pro_vpt.py --suite vtab --method vpt-deep,pro-vpt      all 19, with the group means
+    python pro_vpt.py --dataset folder:PATH --model facebook/vit-mae-base --norm imagenet
+
+Paper map (our numbers, in the order of the paper's method section)
+    Eq. E1  nested objective   D* = argmin_D L(P*, D): relocation; P* = argmin_P L(P, D*): train_epoch
+    Eq. E2  idleness           idleness_scores, in score_pass
+    Eq. E3  policy             allocator_state, PPOAllocator (or ThompsonAllocator)
+    Eq. E4  reward             relocation
+    Eq. E5  relocation         relocate
+    The algorithm box          train: one epoch is relocation (outer), then train_epoch (inner)
+
+Symbols
+    P        prompts                     (N, D)      all prompts, rows of one tensor
+    D        block, counts               (N,), L     block of every prompt; prompts per block
+    I_k      idleness_scores             (N,)        fall of the loss without prompt k
+    s        allocator_state             (3L,)
+    r        the argument of learn       number
+    B, T, D, L, C   batch, patches, width, blocks, classes;  N = --prompts 20 x L
+
+What was found by measuring (tests/test_pro_vpt.py and benchmarks/RESULTS.md hold the numbers)
+    1  The score is an artefact of LayerNorm's ε. In a pre-LN ViT a prompt acts only through LN(p).
+       Scaling p does not change LN(p), so g·p = 0 by Euler's theorem, but for ε: I_k carries the
+       factor ε / (var(p) + ε). With ε = 1e-6 (timm's, the authors') it is tiny but reproducible;
+       with 1e-12 (the default of transformers' ViTConfig) it is rounding noise, and float32 and
+       float64 prune different prompts. Hence --eps 1e-6, and never score in half precision. ε also
+       decides whether x 10⁻³ shrinks a prompt: its std after LN is .036 at 1e-6 and 1 at 1e-12.
+    2  A prompt that was just moved has a huge gradient (47-99% of the squared norm at ViT-B size),
+       so that the joint clip all but stops everything else for a while, and its own |I| is 40 to
+       1,000 times the median: it is the next to move, or never.
+    3  PPO normalises two returns, and two normalised numbers are ±.7071: it sees the sign of the
+       first reward only. How large a reward is never matters.
+    4  The authors' reward subtracts the next candidate's idleness, not the moved prompt's; their
+       scores are clipped by a norm that the head dominates; "freezing" for the scoring pass sets
+       flags that nothing reads (dropout stays on); their C = Σ batch mean / batch size is not the
+       mean loss; a moved prompt keeps its momentum. --recipe official does all of it. (Under torch
+       < 2 weight decay also shrank the gates that measure I; that is not reproduced.)
+    5  transformers 5 has ViTModel.layers, whose blocks return a tensor; before, encoder.layer and
+       tuples. 5.17 or newer is needed.
+
+Cost
+    A scoring pass and a training pass per epoch, 3 forward passes' worth each. Left out because the
+    result cannot change: what a block makes of the prompts (a prompt is a key and a value), all but
+    the class token in the last block, embedding fixed pictures again, scoring before the warm-up,
+    test evaluations that nobody asked for. --scores running (not the paper's) sums the scores up
+    while training and halves the epoch. benchmarks/pro_vpt_epoch.py measures all three.
+
+Results
+    RESULTSTEXT
+
+Where we depart (the marks can be searched for)
+    DEVIATION 1   the reward uses the mean loss (--recipe official: the authors' C, finding 4).
+    DEVIATION 2   the scores' gradients are not clipped (official: they are).
+    DEVIATION 3   no dropout while scoring (official: .1).
+    DEVIATION 4   every LayerNorm gets --eps, whatever the checkpoint's configuration says.
+    DEVIATION 5   --method adaptive is ours, as are greedy, exact, post-ln, norm, running,
+                  --relocate-every and --reset-momentum. All are off by default.
+    UNSPECIFIED 1 E4's idleness correction: that of the prompt that moved.
+    UNSPECIFIED 2 PPO's advantage subtracts the critic's value of when the action was chosen.
+    UNSPECIFIED 3 random relocation moves a random prompt; pruning only keeps the last prompt.
+    UNSPECIFIED 4 VPT-shallow gets as many prompts as the others have in all blocks together.
+    UNSPECIFIED 5 CIFAR-100's 800 + 200 images are drawn by --seed; of a folder's, a fifth is val.
+
+References
+    VPT: Jia et al., ECCV 2022. PPO: Schulman et al., 2017. VTAB: Zhai et al., 2019. MAE: He et al.,
+    CVPR 2022. NOAH (whose VTAB-1k folders are read): Zhang et al., 2022.
 """
 # ================================================================================================
 # Setup
@@ -201,6 +278,7 @@ class PPOAllocator:
     choose(state (3L,), generator) -> a block; learn(reward) ends what choose began. After every
     `every` rewards: `updates` Adam steps. Finding 3: two returns, normalised, are ±.7071 whatever
     the rewards were, so that with every=2 only the sign of the first one is seen.
+    UNSPECIFIED 2: old_values, of when the action was chosen, are the baseline.
     """
 
     def __init__(self, num_blocks, width=64, lr_actor=3e-4, lr_critic=1e-3, clip=.2, updates=60,
@@ -306,8 +384,8 @@ class FixedRule:
         pass
 
 
-# What follows is ours, not the paper's (--method adaptive): the same idea, prompts move to where
-# they are needed, with need measured instead of estimated.
+# DEVIATION 5: what follows is ours, not the paper's (--method adaptive). The same idea, prompts move
+# to where they are needed, with the need measured instead of estimated.
 
 
 @torch.no_grad()
@@ -509,7 +587,7 @@ def gradients(training, wanted, purpose, dropout=0.0, gates=None):
 
 
 class LossMean:
-    """The mean loss of a pass. official: Σ (batch mean / batch size), as the authors' code."""
+    """The mean loss of a pass; official: Σ batch mean / batch size (DEVIATION 1)."""
 
     def __init__(self, official):
         self.official, self.total, self.samples = official, 0.0, 0
@@ -573,7 +651,7 @@ def relocation(training):
         return
     block, generator = model.block.clone(), training.generator("allocator")
     blocks = len(model.rows)
-    if method == "random-relocation":
+    if method == "random-relocation":  # UNSPECIFIED 3
         k, target = (torch.randint(n, (), generator=generator).item() for n in (len(block), blocks))
     else:
         official = args.recipe == "official"
@@ -832,7 +910,7 @@ def jobs(args, done):
 def build_task(args, run, dataset, stage):
     """Data and backbone; stage "val" trains on the training and tests on the validation part."""
     cache = args.data_dir / "cache"
-    with run.rank_zero_first():
+    with run.rank_zero_first():  # DEVIATION 4: --eps (finding 1)
         if args.model == "tiny":
             vit = data.tiny_vit(args.seed, run.device, cache, run.progress, args.eps)
         else:
@@ -843,7 +921,7 @@ def build_task(args, run, dataset, stage):
             truth = numbers_in(args.truth, "--truth", int)
             splits = data.planted(args.seed, vit, truth)
         else:
-            splits = data.load_splits(dataset, args.data_dir, args.seed)
+            splits = data.load_splits(dataset, args.data_dir, args.seed)  # UNSPECIFIED 5
     size = vit.config.image_size
     size = size if isinstance(size, int) else size[0]
     mean, std = ((.5,) * 3, (.25 if dataset == "planted" else .5,) * 3)

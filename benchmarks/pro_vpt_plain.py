@@ -70,7 +70,7 @@ def move(model, source, place, target, scale=1e-3):
 
 
 def train_step(model, optimizer, pixels, labels, clip=.25):
-    """One step of SGD -> loss, gradients of the prompts (in the order of `prompts`) and the head."""
+    """One step of SGD -> loss, gradients of prompts (in the order of `prompts`) and head."""
     loss = F.cross_entropy(model(pixels), labels)
     optimizer.zero_grad()
     loss.backward()

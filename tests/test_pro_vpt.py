@@ -19,6 +19,11 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from scipy import stats
+
+import common
+import data
+import pro_vpt
+from benchmarks import pro_vpt_plain as plain
 from tools import (
     ROOT,
     exit_code,
@@ -31,23 +36,18 @@ from tools import (
     wait_for_rows,
 )
 
-import common
-import data
-import pro_vpt
-from benchmarks import pro_vpt_plain as plain
-
 SCRIPT = "pro_vpt.py"
 
 
-def tiny_vit(eps=1e-6, layers=3, width=32, size=16, seed=0, cls=transformers.ViTModel):
+def tiny_vit(eps=1e-6, layers=3, width=32, size=16, seed=0):
     """A small ViT whose random weights are large enough for every block to matter."""
     torch.manual_seed(seed)
     config = transformers.ViTConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=2,
         intermediate_size=2 * width, image_size=size, patch_size=8, layer_norm_eps=eps)
-    vit = cls(config, add_pooling_layer=False)
+    vit = transformers.ViTModel(config, add_pooling_layer=False)
     with torch.no_grad():
-        for name, p in vit.named_parameters():
+        for p in vit.parameters():
             p.normal_(std=.2) if p.dim() > 1 else p.add_(.1 * torch.randn(p.shape))
     return vit.requires_grad_(False).eval()
 
@@ -747,3 +747,380 @@ def test_a_folder_of_pictures(tmp_path):
     splits = data.load_splits(f"folder:{tmp_path}/own", tmp_path, 0)
     assert [len(y) for _, y in (splits.train, splits.val, splits.test)] == [14, 4, 9]
     assert (tmp_path / "out" / "figure.png").exists()
+
+
+# ================================================================================================
+# The small world
+# ================================================================================================
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A data folder whose tiny ViT (seed 3) is pre-trained by the first test that needs it."""
+    return tmp_path_factory.mktemp("data")
+
+
+def planted_words(cache, *more):
+    return ["--data-dir", cache, "--seed", "3", *more]
+
+
+@pytest.fixture(scope="module")
+def planted_task(cache):
+    words = planted_words(cache, "--truth", "0,0,0,4,20,0")
+    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(list(map(str, words))))
+    run = SimpleNamespace(rank_zero_first=NoRank, progress=lambda items, *_, **__: items,
+                          device=torch.device("cpu"))
+    return pro_vpt.build_task(args, run, "planted", "test"), args
+
+
+class NoRank:
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+def trained(task, args, method, epochs=10):
+    args.epochs = epochs
+    training = pro_vpt.Training(task, NoRun(), args,
+                                pro_vpt.Job("planted", method, "test", 3, args.lr, 1e-4))
+    return training, pro_vpt.train(training, lambda now: None)
+
+
+def test_planted_world(planted_task):
+    """Balanced, hard for a linear probe, learnable with the planted prompts; and places matter."""
+    task, args = planted_task
+    assert len(task.train.labels) == 600 and len(task.test.labels) == 1000
+    assert np.bincount(task.train.labels).min() > 50 and task.num_classes == 6
+    _, linear = trained(task, args, "linear")
+    _, planted = trained(task, args, "planted")
+    _, wrong = trained(task, args, "fixed:20,4,0,0,0,0")
+    assert 25 < linear["accuracy"] < 65
+    assert planted["accuracy"] > max(linear["accuracy"], wrong["accuracy"]) + 5
+
+
+def test_the_teacher_itself_is_what_the_labels_say(planted_task):
+    """Other distributions give other labels for the same pictures of one seed."""
+    task, _ = planted_task
+    a, b = (data.planted(3, task.vit, truth) for truth in ([0, 0, 0, 4, 20, 0], [0] * 5 + [24]))
+    assert a.train[1].tolist() == task.train.labels[:480].tolist()
+    assert np.mean(a.test[1] == b.test[1]) < .6
+
+
+def test_adaptive_recovers_what_was_planted(planted_task):
+    task, args = planted_task
+    training, found = trained(task, args, "adaptive", 12)
+    assert pro_vpt.correlation(found["counts"][-1], task.truth) > .7
+    first = training.job.seed, [m[0] for m in found["moves"]]
+    assert first[1][0] >= 1 and max(first[1]) < 6  # early, none late
+
+
+# ================================================================================================
+# The command
+# ================================================================================================
+
+SHORT = ["--method", "vpt-deep,pro-vpt", "--epochs", "8"]
+
+
+def short(cache, *more):
+    return planted_words(cache, *SHORT, *more)
+
+
+@pytest.fixture(scope="module")
+def reference(cache, planted_task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    out, err = finish(start(SCRIPT, short(cache, "--out-dir", folder)))
+    return folder, out, err
+
+
+def assert_equal_runs(first, second):
+    """The same results, and the same rows but for their times."""
+    a, b = result(first)["results"], result(second)["results"]
+    assert a == b and len(a) > 0
+    rows = [torch.load(f / "checkpoint.pt", weights_only=True)["rows"] for f in (first, second)]
+    a, b = ([{k: v for k, v in row.items() if k != "seconds"} for row in part] for part in rows)
+    assert a == b and len({row["loss"] for row in a}) > 5
+
+
+def test_run_leaves_its_files_and_a_result_line(reference):
+    folder, out, err = reference
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "log.jsonl", "checkpoint.pt", "result.json", "figure.png", "pro_vpt.py"}
+    assert err == "" and Image.open(folder / "figure.png").size[0] > 800
+    last = out.strip().splitlines()[-1]
+    assert re.fullmatch(r"RESULT( \w+=\S+)+", last)
+    line = dict(pair.split("=", 1) for pair in last.split()[1:])
+    found = result(folder)["results"]["planted/pro-vpt/test/3"]
+    assert float(line["accuracy"]) == pytest.approx(found["accuracy"], abs=1e-3)
+    assert line["prompts"] == "-".join(map(str, found["counts"][-1]))
+    assert len(found["counts"]) == 9 and len(found["moves"]) > 3
+    assert all(sum(c) == 24 for c in found["counts"])
+
+
+def test_same_command_gives_the_same_numbers_and_another_seed_others(cache, reference, tmp_path):
+    words = short(cache, "--out-dir", tmp_path / "a")
+    pro_vpt.main([str(w) for w in words])
+    assert_equal_runs(tmp_path / "a", reference[0])
+    state = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["state"]
+    assert state["key"] is None and len(state["done"]) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--allocator", "thompson"], ["--scores", "running"]],
+                         ids=" ".join)
+def test_killed_and_resumed_ends_with_the_same_numbers(cache, reference, tmp_path, options):
+    whole = reference[0]
+    words = short(cache, *options, "--out-dir", tmp_path / "killed")
+    if options:
+        whole = tmp_path / "whole"
+        pro_vpt.main([str(w) for w in short(cache, *options, "--out-dir", whole)])
+    for rows in (13,) if options else (5, 14):  # in the second method; in the first and second
+        process = start(SCRIPT, [*words, "--resume"] if (tmp_path / "killed").exists() else words)
+        wait_for_rows(tmp_path / "killed", rows, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    pro_vpt.main([str(w) for w in [*words, "--resume"]])
+    assert_equal_runs(tmp_path / "killed", whole)
+
+
+def test_a_checkpoint_holds_the_allocator_and_its_buffer(planted_task, tmp_path):
+    """Interrupted after an odd number of rewards: PPO's memory is under way."""
+    task, args = planted_task
+    args.epochs = 6
+    job = pro_vpt.Job("planted", "pro-vpt", "test", 3, args.lr, 1e-4)
+    saved = []
+
+    def save(now):
+        saved.append(now.epoch)
+        torch.save(common._to_cpu(now.state_dict()), tmp_path / f"{now.epoch}.pt")
+
+    whole = pro_vpt.train(pro_vpt.Training(task, NoRun(), args, job), save)
+    memories = []
+    for epoch in saved[1:5]:
+        state = torch.load(tmp_path / f"{epoch}.pt", weights_only=True)
+        memories.append([len(row) for row in state["allocator"]["memory"]])
+        again = pro_vpt.Training(task, NoRun(), args, job)
+        again.load_state_dict(state)
+        assert pro_vpt.train(again, lambda now: None) == whole
+    assert [4] in memories and [5, 4] in memories  # a move without its reward, and one with it
+
+
+def test_ctrl_c_says_how_to_go_on(cache, reference, tmp_path):
+    folder = tmp_path / "out"
+    process = start(SCRIPT, short(cache, "--epochs", "400", "--out-dir", folder))
+    wait_for_rows(folder, 2, process)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert len(err.strip().splitlines()) == 1 and "--resume" in err and str(folder) in err
+
+
+def test_two_processes_give_the_numbers_of_one(cache, reference, tmp_path):
+    """The batch is split over them: equal up to the order of additions."""
+    words = short(cache, "--out-dir", tmp_path / "two")
+    out, err = start(SCRIPT, words, launcher=torchrun()).communicate(timeout=300)
+    assert out.count("RESULT") == 1, err
+    one, two = (result(f)["results"] for f in (reference[0], tmp_path / "two"))
+    for key in one:
+        np.testing.assert_allclose(two[key]["losses"], one[key]["losses"], rtol=1e-3)
+        assert abs(two[key]["accuracy"] - one[key]["accuracy"]) < 1.5
+    assert one["planted/pro-vpt/test/3"]["moves"] == two["planted/pro-vpt/test/3"]["moves"]
+
+
+@pytest.mark.parametrize("options", [
+    ["--idleness", "norm"], ["--idleness", "post-ln"], ["--idleness", "exact"],
+    ["--allocator", "greedy"], ["--allocator", "random"], ["--relocate-every", "3"],
+    ["--move-scale", "1"], ["--reset-momentum"], ["--recipe", "official"], ["--dropout", ".1"],
+    ["--clip", "0"], ["--eps", "1e-12"], ["--scores", "running"], ["--warmup", "3"]], ids=" ".join)
+def test_options_change_the_run(cache, planted_task, options):
+    """Each option alone: another result than the default's, or other moves."""
+    results = []
+    for words in ([], options):
+        args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(
+            [str(w) for w in planted_words(cache, *words, "--epochs", "5", "--lr", ".1",
+                                           "--score-images", "64")]))
+        task, _ = planted_task
+        task = copy.copy(task)
+        if words[:1] == ["--eps"]:
+            task.vit = data.tiny_vit(3, "cpu", cache / "cache", eps=1e-6)
+            for m in task.vit.modules():
+                if isinstance(m, nn.LayerNorm):
+                    m.eps = args.eps
+        part = copy.copy(task.train)
+        part.labels, part.tokens = part.labels[:96], part.tokens[:96]
+        task.train = task.test = part
+        found = trained(task, args, "pro-vpt", 5)[1]
+        results.append((found["losses"], found["moves"]))
+    assert results[0] != results[1]
+    moves = results[1][1]
+    if options == ["--relocate-every", "3"]:
+        assert {m[0] for m in moves} <= {1, 4}
+    if options == ["--warmup", "3"]:
+        assert min(m[0] for m in moves) >= 3
+
+
+# ================================================================================================
+# Bad input, help, portability, benchmark
+# ================================================================================================
+
+BAD = [
+    (["--dataset", "vtab-cifar10"], "unknown"),
+    (["--dataset", "vtab-dmlab"], "vtab-1k.zip"),
+    (["--dataset", "fgvc-cub"], "train.json"),
+    (["--dataset", "folder:/nowhere"], "no such folder"),
+    (["--dataset", "vtab-dmlab", "--model", "tiny"], "tiny"),
+    (["--model", "google/vit-base-patch16-224-in21k"], "tiny"),
+    (["--method", "vpt"], "pro-vpt"),
+    (["--method", "fixed:1,x"], "fixed"),
+    (["--method", "fixed:1,2"], "6 numbers"),
+    (["--truth", "1,2,3"], "6 whole numbers"),
+    (["--truth", "0,0,0,0,0,0"], "not all 0"),
+    (["--scores", "running", "--idleness", "norm"], "taylor"),
+    (["--grid-lr", "1,0", "--search"], "learns nothing"),
+    (["--grid-wd", "a"], "separated by commas"),
+    (["--device", "toaster"], "toaster"),
+    (["--resume"], "no run"),
+    (["--lr", "1e30", "--clip", "0", "--method", "full"], "not finite"),
+]
+BAD_FLAGS = [["--epochs", "0"], ["--lr", "-1"], ["--dropout", "1"], ["--seed", "x"],
+             ["--nonsense"], ["--idleness", "best"], ["--clip", "nan"], ["--suite", "glue"]]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=lambda v: " ".join(v)
+                         if isinstance(v, list) else "")
+def test_bad_input_is_one_line(cache, planted_task, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    out = [] if "--resume" in flags else ["--out-dir", "out"]
+    folder = ["--data-dir", tmp_path] if "--dataset" in flags else ["--data-dir", cache]
+    if "vtab-dmlab" in flags or "fgvc-cub" in flags or "folder:/nowhere" in flags:
+        folder += ["--model", save_vit(tmp_path / "vit")] if "tiny" not in flags else []
+    code = exit_code(pro_vpt.main, [*folder, "--seed", "3", *flags, *out])
+    err = capsys.readouterr().err.strip()
+    assert code == (3 if "finite" in words else 2), err
+    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS, ids=" ".join)
+def test_bad_flag_is_one_line(flags, capsys):
+    assert exit_code(pro_vpt.main, flags) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and flags[0] in err
+
+
+def damage(root, how):
+    task = root / "vtab-1k" / "kitti"
+    if how == "a label too large":
+        (task / "test.txt").write_text("images/test/000000.png 77\n")
+    elif how == "no label":
+        (task / "test.txt").write_text("images/test/000000.png\n")
+    elif how == "no image":
+        shutil.rmtree(task / "images" / "test")
+    elif how == "not an image":
+        (task / "images" / "train800" / "000003.png").write_text("hello")
+    else:
+        (task / "val200.txt").write_text("")
+
+
+@pytest.mark.parametrize("how, words", [
+    ("a label too large", "77"), ("no label", "path label"), ("no image", "does not exist"),
+    ("not an image", "000003.png"), ("an empty list", "is empty")], ids=lambda v: str(v))
+def test_a_damaged_tree_is_one_line(tmp_path, capsys, how, words):
+    damage(write_vtab(tmp_path, ["kitti"]), how)
+    flags = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "vtab-kitti", "--out-dir",
+                       tmp_path / "out")
+    assert exit_code(pro_vpt.main, flags) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("table, words", [
+    ("[1, 2]", "one JSON object"), ("{oops", "one JSON object"), ('{"a/b.png": 1}', "a/b.png"),
+    ("{}", "does not exist")])
+def test_a_damaged_fgvc_list_is_one_line(tmp_path, table, words):
+    write_fgvc(tmp_path, "cars")
+    (tmp_path / "fgvc" / "StanfordCars" / "val.json").write_text(table)
+    with pytest.raises(common.UserError, match=words):
+        data.load_splits("fgvc-cars", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["nothing", "an empty folder", "damaged", "of another kind"])
+def test_a_model_that_is_none_is_one_line(tmp_path, capsys, content, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_vtab(tmp_path, ["kitti"])
+    vit = tmp_path / "vit"
+    if content == "an empty folder":
+        vit.mkdir()
+    elif content == "damaged":
+        (save_vit(vit) / "model.safetensors").write_bytes(b"123")
+    elif content == "of another kind":
+        transformers.BertModel(transformers.BertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            vocab_size=20)).save_pretrained(vit)
+    flags = real_words(tmp_path, vit, "--dataset", "vtab-kitti", "--out-dir", tmp_path / "out")
+    assert exit_code(pro_vpt.main, flags) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("error: ") and str(vit) in err[-1]
+
+
+def test_results_are_not_overwritten(cache, reference):
+    folder = reference[0]
+    before = (folder / "result.json").read_bytes()
+    words = [str(w) for w in short(cache, "--out-dir", folder)]
+    assert exit_code(pro_vpt.main, words) == 2
+    assert exit_code(pro_vpt.main, [*words, "--resume", "--lr", ".3"]) == 2
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_help_is_the_header_and_every_flag_has_a_text(capsys):
+    assert exit_code(pro_vpt.main, ["-h"]) == 0
+    out = capsys.readouterr().out
+    for words in ("The idea", "Paper map", "DEVIATION 1", "UNSPECIFIED 1", "--search", "ε"):
+        assert words in out
+    assert all(a.help for a in pro_vpt.build_parser()._actions)
+
+
+def test_the_marks_of_the_header_stand_in_the_code():
+    source = (ROOT / "pro_vpt.py").read_text()
+    header = pro_vpt.__doc__
+    for kind in ("DEVIATION", "UNSPECIFIED"):
+        marks = set(re.findall(kind + r" (\d)", header))
+        assert marks and marks == set(re.findall(kind + r" (\d)", source.replace(header, "")))
+    for equation in re.findall(r"Eq\. \((E\d)\)", source):
+        assert f"Eq. {equation}" in header
+
+
+def test_the_method_can_be_pasted_into_other_code():
+    pasted = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math)
+    vit, (pixels, labels) = tiny_vit().double(), make_batch()
+    torch.manual_seed(1)
+    model = pasted["PromptedViT"](vit, 4, [2, 3, 0])
+    assert model(model.embed(pixels)).equal(make_model()(make_model().embed(pixels)))
+    assert taylor(model, model.embed(pixels), labels).shape == (5,)
+    assert "import" not in method_section(ROOT / SCRIPT).replace("important", "")
+
+
+def test_the_benchmark_runs():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/pro_vpt_epoch.py", "--quick"], cwd=ROOT, capture_output=True,
+        text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("RESULT ")
+    ratios = {k: float(v) for k, v in (pair.split("=") for pair in last.split()[1:])}
+    assert {"exact_ratio", "running_ratio", "train_step_ratio"} <= set(ratios)
+    assert all(v > 0 for v in ratios.values())
+
+
+def test_the_claims_run_and_continue(cache, planted_task, tmp_path):
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    shutil.copytree(cache / "cache", tmp_path / "out" / "data" / "cache")
+    words = ["benchmarks/pro_vpt_claims.py", "--out", tmp_path / "out", "--seeds", "3", "--truths",
+             "1", "--only", "1,2,3,4,10"]
+    out, _ = finish(start(words[0], [*words[1:], "--epochs", "2"]))
+    assert "C0 planted truth above uniform" in out and "C4 adaptive (ours) above uniform" in out
+    again, _ = finish(start(words[0], [*words[1:], "--summary"]))
+    assert again == out
+    found = json.loads((tmp_path / "out" / "seed3-truth1.json").read_text())
+    assert abs(found["scores"]["taylor, eps 1e-6, float64"]) <= 1
+    assert found["scores"]["float32 against float64, eps 1e-6"] > .9
