@@ -17,7 +17,8 @@ Run
     python pro_vpt.py --dataset folder:PATH --model facebook/vit-mae-base --norm imagenet
 
 Paper map (our numbers, in the order of the paper's method section)
-    Eq. E1  nested objective   D* = argmin_D L(P*, D): relocation; P* = argmin_P L(P, D*): train_epoch
+    Eq. E1  nested objective   D* = argmin_D L(P*, D): relocation
+                               P* = argmin_P L(P, D*): train_epoch
     Eq. E2  idleness           idleness_scores, in score_pass
     Eq. E3  policy             allocator_state, PPOAllocator (or ThompsonAllocator)
     Eq. E4  reward             relocation
@@ -384,8 +385,8 @@ class FixedRule:
         pass
 
 
-# DEVIATION 5: what follows is ours, not the paper's (--method adaptive). The same idea, prompts move
-# to where they are needed, with the need measured instead of estimated.
+# DEVIATION 5: what follows is ours, not the paper's (--method adaptive). The same idea, prompts
+# move to where they are needed, with the need measured instead of estimated.
 
 
 @torch.no_grad()

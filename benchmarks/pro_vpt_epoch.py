@@ -158,8 +158,8 @@ def main():
     print(f"{'':46}{'s / unit':>10}{'units':>10}{'s / epoch':>12}\nplain, as the authors arrange it")
     passes = show([("scoring pass, per batch", watch["plain score"], n),
                    ("training pass, per batch", watch["plain step"], n)])
-    whole = passes + show([("evaluation on val and test, per batch", watch["plain evaluation"],
-                            tested)])
+    tests = [("evaluation on val and test, per batch", watch["plain evaluation"], tested)]
+    whole = passes + show(tests)
     print("pro_vpt.py")
     fast = show([("scoring pass, per batch", watch["fast score"], n),
                  ("training pass, per batch", watch["fast step"], n)])

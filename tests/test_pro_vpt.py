@@ -23,6 +23,7 @@ from scipy import stats
 import common
 import data
 import pro_vpt
+from benchmarks import pro_vpt_claims
 from benchmarks import pro_vpt_plain as plain
 from tools import (
     ROOT,
@@ -402,7 +403,7 @@ def make_training(*options, n=22, counts=3, method="pro-vpt"):
          "--score-images", "16", *options]))
     pixels, labels = make_batch(n)
     part = PixelPart(pixels, labels)
-    task = pro_vpt.Task(tiny_vit().double(), 4, part, part, False)
+    task = pro_vpt.Task(tiny_vit(args.eps).double(), 4, part, part, False)
     job = pro_vpt.Job("planted", method, "test", 0, args.lr, args.weight_decay)
     return pro_vpt.Training(task, NoRun(), args, job)
 
@@ -715,16 +716,15 @@ def test_the_suite_prints_group_means_beside_the_papers(tmp_path, capsys):
 def test_search_chooses_on_val_and_reports_three_seeds_and_resumes(tmp_path):
     write_vtab(tmp_path, ["kitti"])
     words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "vtab-kitti", "--search",
-                       "--grid-lr", "64,2,.2", "--grid-wd", ".01,0")
-    for name in ("a", "b"):
-        process = start(SCRIPT, [*words, "--out-dir", tmp_path / name])
-        if name == "b":  # killed in the grid
-            wait_for_rows(tmp_path / "b", 5, process)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            assert not (tmp_path / "b" / "result.json").exists()
-            process = start(SCRIPT, [*words, "--out-dir", tmp_path / "b", "--resume"])
-        finish(process)
+                       "--grid-lr", "64,2,.2", "--grid-wd", ".01,0", "--epochs", "8")
+    words = [str(w) for w in words]
+    process = start(SCRIPT, [*words, "--out-dir", tmp_path / "b"])
+    wait_for_rows(tmp_path / "b", 18, process)  # in the third of nine runs
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "b" / "result.json").exists()
+    pro_vpt.main([*words, "--out-dir", str(tmp_path / "a")])
+    pro_vpt.main([*words, "--out-dir", str(tmp_path / "b"), "--resume"])
     found = result(tmp_path / "a")["results"]
     assert found == result(tmp_path / "b")["results"]
     cells = {k: v["accuracy"] for k, v in found.items() if "/val/" in k}
@@ -733,7 +733,21 @@ def test_search_chooses_on_val_and_reports_three_seeds_and_resumes(tmp_path):
     assert [k for k in found if "/test/" in k] == \
         [f"vtab-kitti/pro-vpt/test/{seed}" for seed in (18, 25, 42)]
     rows = [json.loads(row) for row in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert len(rows) == 9 * 2 and len({r["loss"] for r in rows}) > 10
+    assert len(rows) == 9 * 8 and len({r["loss"] for r in rows}) > 60
+
+
+@pytest.mark.parametrize("winner", [0, 3])
+def test_the_final_runs_take_the_best_cell(winner):
+    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(
+        ["--search", "--grid-lr", "8,4", "--grid-wd", "0,.1", "--method", "pro-vpt"]))
+    done, plan = {}, []
+    for job in pro_vpt.jobs(args, done):
+        done[job.key()] = {"accuracy": 90 if len(done) == winner else 50}
+        plan.append(job)
+    assert [(j.lr, j.weight_decay) for j in plan[:4]] == [(2, 0), (2, .1), (1, 0), (1, .1)]
+    assert {(j.lr, j.weight_decay) for j in plan[4:]} == {(plan[winner].lr,
+                                                          plan[winner].weight_decay)}
+    assert [j.seed for j in plan] == [0] * 4 + [18, 25, 42]
 
 
 def test_a_folder_of_pictures(tmp_path):
@@ -781,7 +795,7 @@ class NoRank:
         pass
 
 
-def trained(task, args, method, epochs=10):
+def trained(task, args, method, epochs=8):
     args.epochs = epochs
     training = pro_vpt.Training(task, NoRun(), args,
                                 pro_vpt.Job("planted", method, "test", 3, args.lr, 1e-4))
@@ -820,17 +834,20 @@ def test_adaptive_recovers_what_was_planted(planted_task):
 # The command
 # ================================================================================================
 
-SHORT = ["--method", "vpt-deep,pro-vpt", "--epochs", "8"]
-
-
-def short(cache, *more):
-    return planted_words(cache, *SHORT, *more)
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Words of a command of a few seconds: a VTAB task of 18 pictures, a small ViT, two methods."""
+    root = tmp_path_factory.mktemp("short")
+    write_vtab(root, ["kitti"])
+    words = real_words(root, save_vit(root / "vit"), "--dataset", "vtab-kitti", "--seed", "3",
+                       "--method", "vpt-deep,pro-vpt", "--epochs", "40")
+    return [str(w) for w in words]
 
 
 @pytest.fixture(scope="module")
-def reference(cache, planted_task, tmp_path_factory):
+def reference(short, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "out"
-    out, err = finish(start(SCRIPT, short(cache, "--out-dir", folder)))
+    out, err = finish(start(SCRIPT, [*short, "--out-dir", folder]))
     return folder, out, err
 
 
@@ -851,112 +868,90 @@ def test_run_leaves_its_files_and_a_result_line(reference):
     last = out.strip().splitlines()[-1]
     assert re.fullmatch(r"RESULT( \w+=\S+)+", last)
     line = dict(pair.split("=", 1) for pair in last.split()[1:])
-    found = result(folder)["results"]["planted/pro-vpt/test/3"]
+    found = result(folder)["results"]["vtab-kitti/pro-vpt/test/3"]
     assert float(line["accuracy"]) == pytest.approx(found["accuracy"], abs=1e-3)
     assert line["prompts"] == "-".join(map(str, found["counts"][-1]))
-    assert len(found["counts"]) == 9 and len(found["moves"]) > 3
-    assert all(sum(c) == 24 for c in found["counts"])
+    assert len(found["counts"]) == 41 and len(found["moves"]) > 5
+    assert all(sum(c) == 4 for c in found["counts"])
 
 
-def test_same_command_gives_the_same_numbers_and_another_seed_others(cache, reference, tmp_path):
-    words = short(cache, "--out-dir", tmp_path / "a")
-    pro_vpt.main([str(w) for w in words])
+def test_same_command_gives_the_same_numbers_and_another_seed_others(short, reference, tmp_path):
+    pro_vpt.main([*short, "--out-dir", str(tmp_path / "a")])
     assert_equal_runs(tmp_path / "a", reference[0])
     state = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["state"]
     assert state["key"] is None and len(state["done"]) == 2
+    pro_vpt.main([*short, "--out-dir", str(tmp_path / "b"), "--seed", "4"])
+    losses = [next(iter(result(tmp_path / n)["results"].values()))["losses"] for n in "ab"]
+    assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("options", [[], ["--allocator", "thompson"], ["--scores", "running"]],
-                         ids=" ".join)
-def test_killed_and_resumed_ends_with_the_same_numbers(cache, reference, tmp_path, options):
-    whole = reference[0]
-    words = short(cache, *options, "--out-dir", tmp_path / "killed")
-    if options:
-        whole = tmp_path / "whole"
-        pro_vpt.main([str(w) for w in short(cache, *options, "--out-dir", whole)])
-    for rows in (13,) if options else (5, 14):  # in the second method; in the first and second
-        process = start(SCRIPT, [*words, "--resume"] if (tmp_path / "killed").exists() else words)
-        wait_for_rows(tmp_path / "killed", rows, process)
+def test_killed_and_resumed_ends_with_the_same_numbers(short, reference, tmp_path):
+    folder = tmp_path / "killed"
+    words = [*short, "--out-dir", str(folder)]
+    for rows in (9, 55):  # in the first, then in the second method
+        process = start(SCRIPT, [*words, "--resume"] if folder.exists() else words)
+        wait_for_rows(folder, rows, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    pro_vpt.main([str(w) for w in [*words, "--resume"]])
-    assert_equal_runs(tmp_path / "killed", whole)
+        assert process.returncode == -signal.SIGKILL and not (folder / "result.json").exists()
+    pro_vpt.main([*words, "--resume"])
+    assert_equal_runs(folder, reference[0])
 
 
-def test_a_checkpoint_holds_the_allocator_and_its_buffer(planted_task, tmp_path):
-    """Interrupted after an odd number of rewards: PPO's memory is under way."""
-    task, args = planted_task
-    args.epochs = 6
-    job = pro_vpt.Job("planted", "pro-vpt", "test", 3, args.lr, 1e-4)
-    saved = []
-
+@pytest.mark.parametrize("options", [[], ["--allocator", "thompson"], ["--scores", "running"],
+                                     ["--dropout", ".1", "--idleness", "exact"]], ids=" ".join)
+def test_a_checkpoint_holds_the_allocator_and_its_buffer(options, tmp_path):
+    """Taken up from every epoch, also where PPO's memory is under way."""
     def save(now):
-        saved.append(now.epoch)
         torch.save(common._to_cpu(now.state_dict()), tmp_path / f"{now.epoch}.pt")
 
-    whole = pro_vpt.train(pro_vpt.Training(task, NoRun(), args, job), save)
+    whole = pro_vpt.train(make_training(*options), save)
     memories = []
-    for epoch in saved[1:5]:
+    for epoch in range(1, 6):
         state = torch.load(tmp_path / f"{epoch}.pt", weights_only=True)
-        memories.append([len(row) for row in state["allocator"]["memory"]])
-        again = pro_vpt.Training(task, NoRun(), args, job)
+        again = make_training(*options)
         again.load_state_dict(state)
         assert pro_vpt.train(again, lambda now: None) == whole
-    assert [4] in memories and [5, 4] in memories  # a move without its reward, and one with it
+        memories.append([len(row) for row in state["allocator"].get("memory", [])])
+    if not options:  # a move without its reward, and one with it
+        assert [4] in memories and [5, 4] in memories
 
 
-def test_ctrl_c_says_how_to_go_on(cache, reference, tmp_path):
+def test_ctrl_c_says_how_to_go_on(short, tmp_path):
     folder = tmp_path / "out"
-    process = start(SCRIPT, short(cache, "--epochs", "400", "--out-dir", folder))
-    wait_for_rows(folder, 2, process)
+    process = start(SCRIPT, [*short, "--epochs", "4000", "--out-dir", folder])
+    wait_for_rows(folder, 5, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
     assert len(err.strip().splitlines()) == 1 and "--resume" in err and str(folder) in err
 
 
-def test_two_processes_give_the_numbers_of_one(cache, reference, tmp_path):
-    """The batch is split over them: equal up to the order of additions."""
-    words = short(cache, "--out-dir", tmp_path / "two")
+def test_two_processes_give_the_numbers_of_one(short, reference, tmp_path):
+    """The batch is split over them, dropout included: equal up to the order of additions."""
+    words = [*short, "--out-dir", tmp_path / "two"]
     out, err = start(SCRIPT, words, launcher=torchrun()).communicate(timeout=300)
     assert out.count("RESULT") == 1, err
     one, two = (result(f)["results"] for f in (reference[0], tmp_path / "two"))
     for key in one:
         np.testing.assert_allclose(two[key]["losses"], one[key]["losses"], rtol=1e-3)
-        assert abs(two[key]["accuracy"] - one[key]["accuracy"]) < 1.5
-    assert one["planted/pro-vpt/test/3"]["moves"] == two["planted/pro-vpt/test/3"]["moves"]
+        assert abs(two[key]["accuracy"] - one[key]["accuracy"]) <= 12.5  # one picture of eight
+    assert one["vtab-kitti/pro-vpt/test/3"]["moves"] == two["vtab-kitti/pro-vpt/test/3"]["moves"]
 
 
 @pytest.mark.parametrize("options", [
     ["--idleness", "norm"], ["--idleness", "post-ln"], ["--idleness", "exact"],
     ["--allocator", "greedy"], ["--allocator", "random"], ["--relocate-every", "3"],
     ["--move-scale", "1"], ["--reset-momentum"], ["--recipe", "official"], ["--dropout", ".1"],
-    ["--clip", "0"], ["--eps", "1e-12"], ["--scores", "running"], ["--warmup", "3"]], ids=" ".join)
-def test_options_change_the_run(cache, planted_task, options):
-    """Each option alone: another result than the default's, or other moves."""
-    results = []
-    for words in ([], options):
-        args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(
-            [str(w) for w in planted_words(cache, *words, "--epochs", "5", "--lr", ".1",
-                                           "--score-images", "64")]))
-        task, _ = planted_task
-        task = copy.copy(task)
-        if words[:1] == ["--eps"]:
-            task.vit = data.tiny_vit(3, "cpu", cache / "cache", eps=1e-6)
-            for m in task.vit.modules():
-                if isinstance(m, nn.LayerNorm):
-                    m.eps = args.eps
-        part = copy.copy(task.train)
-        part.labels, part.tokens = part.labels[:96], part.tokens[:96]
-        task.train = task.test = part
-        found = trained(task, args, "pro-vpt", 5)[1]
-        results.append((found["losses"], found["moves"]))
-    assert results[0] != results[1]
-    moves = results[1][1]
+    ["--clip", "0"], ["--eps", "1e-3"], ["--scores", "running"], ["--warmup", "3"]], ids=" ".join)
+def test_options_change_the_run(options):
+    plain_run, other = (pro_vpt.train(make_training(*words), lambda now: None)
+                        for words in ([], options))
+    assert (plain_run["losses"], plain_run["moves"]) != (other["losses"], other["moves"])
+    assert len(other["moves"]) > 0
     if options == ["--relocate-every", "3"]:
-        assert {m[0] for m in moves} <= {1, 4}
+        assert {m[0] for m in other["moves"]} <= {1, 4}
     if options == ["--warmup", "3"]:
-        assert min(m[0] for m in moves) >= 3
+        assert min(m[0] for m in other["moves"]) >= 3
 
 
 # ================================================================================================
@@ -1063,10 +1058,10 @@ def test_a_model_that_is_none_is_one_line(tmp_path, capsys, content, monkeypatch
     assert err[-1].startswith("error: ") and str(vit) in err[-1]
 
 
-def test_results_are_not_overwritten(cache, reference):
+def test_results_are_not_overwritten(short, reference):
     folder = reference[0]
     before = (folder / "result.json").read_bytes()
-    words = [str(w) for w in short(cache, "--out-dir", folder)]
+    words = [*short, "--out-dir", str(folder)]
     assert exit_code(pro_vpt.main, words) == 2
     assert exit_code(pro_vpt.main, [*words, "--resume", "--lr", ".3"]) == 2
     assert (folder / "result.json").read_bytes() == before
@@ -1112,15 +1107,16 @@ def test_the_benchmark_runs():
     assert all(v > 0 for v in ratios.values())
 
 
-def test_the_claims_run_and_continue(cache, planted_task, tmp_path):
+def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch, capsys):
     (tmp_path / "out" / "data").mkdir(parents=True)
     shutil.copytree(cache / "cache", tmp_path / "out" / "data" / "cache")
     words = ["benchmarks/pro_vpt_claims.py", "--out", tmp_path / "out", "--seeds", "3", "--truths",
              "1", "--only", "1,2,3,4,10"]
     out, _ = finish(start(words[0], [*words[1:], "--epochs", "2"]))
     assert "C0 planted truth above uniform" in out and "C4 adaptive (ours) above uniform" in out
-    again, _ = finish(start(words[0], [*words[1:], "--summary"]))
-    assert again == out
+    monkeypatch.setattr(sys, "argv", [str(w) for w in [*words, "--summary"]])
+    pro_vpt_claims.main()
+    assert capsys.readouterr().out == out
     found = json.loads((tmp_path / "out" / "seed3-truth1.json").read_text())
     assert abs(found["scores"]["taylor, eps 1e-6, float64"]) <= 1
     assert found["scores"]["float32 against float64, eps 1e-6"] > .9
