@@ -45,11 +45,12 @@ PLAN = {
     "PRO-VPT, Thompson": ("pro-vpt", {"allocator": "thompson"}),
     "PRO-VPT, running scores": ("pro-vpt", {"scores": "running"}),
     "PRO-VPT, post-LN score": ("pro-vpt", {"idleness": "post-ln"}),
+    "PRO-VPT, norm score": ("pro-vpt", {"idleness": "norm"}),
     "PRO-VPT, exact score, greedy": ("pro-vpt", {"idleness": "exact", "allocator": "greedy"}),
     "adaptive (ours)": ("adaptive", {}),
 }
 SCORES = ["taylor, eps 1e-6, float32", "taylor, eps 1e-6, float64", "taylor, eps 1e-12, float32",
-          "taylor, eps 1e-12, float64", "norm", "post-ln"]
+          "taylor, eps 1e-12, float64", "norm", "post-ln", "-|taylor|", "-|post-ln|"]
 
 
 def gradient_scores(model, tokens, labels, eps, dtype, gated=False):
@@ -79,6 +80,7 @@ def compare_scores(training):
     scores = [gradient_scores(model, tokens, labels, *pair) for pair in eps]
     scores.append(pro_vpt.idleness_scores(model.prompts.detach(), None, "norm"))
     scores.append(gradient_scores(model, tokens, labels, 1e-6, torch.float64, gated=True))
+    scores += [-scores[1].abs(), -scores[5].abs()]
     found = {name: float(stats.spearmanr(score.numpy(), exact.numpy()).statistic)
              for name, score in zip(SCORES, scores, strict=True)}
     found["float32 against float64, eps 1e-6"] = pearson(scores[0], scores[1])
@@ -156,9 +158,15 @@ def summarise(runs):
               f"{spread(known, 2) if known else '-'} | "
               + " | ".join(f"{a:.1f}" for a in each)
               + f" | {statistics.mean(r['cpu_seconds'] for r in rows):.1f} |")
+    verdicts(runs, names)
     print("\n| C2: score | Spearman correlation with the exact change |\n|---|---|")
-    for key in runs[0]["scores"]:
+    runs = [run for run in runs if run["scores"]]
+    for key in runs[0]["scores"] if runs else []:
         print(f"| {key} | {spread([run['scores'][key] for run in runs], 3)} |")
+
+
+def verdicts(runs, names):
+    """Print what the runs say about C0, C1 and C4."""
     paper, ours = "PRO-VPT (paper)", "adaptive (ours)"
     claims = [("C0", "planted truth", "uniform"), ("C1", paper, "uniform"),
               ("C1", paper, "random relocation"),

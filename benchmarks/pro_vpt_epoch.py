@@ -155,7 +155,8 @@ def main():
     watch = Watch(options.threads)
     measure(watch, model, peer, pixels, labels, options.repeats)
     n, tested = TRAIN / options.batch, (VAL + options.test_images) / options.batch
-    print(f"{'':46}{'s / unit':>10}{'units':>10}{'s / epoch':>12}\nplain, as the authors arrange it")
+    print(f"{'':46}{'s / unit':>10}{'units':>10}{'s / epoch':>12}")
+    print("plain, as the authors arrange it")
     passes = show([("scoring pass, per batch", watch["plain score"], n),
                    ("training pass, per batch", watch["plain step"], n)])
     tests = [("evaluation on val and test, per batch", watch["plain evaluation"], tested)]
