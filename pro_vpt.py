@@ -620,7 +620,7 @@ def score_pass(training):
             batch = idleness_scores(gates.detach()[:, None], gradient[:, None])
         else:
             batch = idleness_scores(model.prompts.detach(), gradient, kind)
-        if official:  # DEVIATION 2: clipped by a norm that the head dominates
+        if official and args.clip:  # DEVIATION 2: clipped by a norm that the head dominates
             norm = torch.cat([batch, *(g.flatten() for g in head)]).norm()
             batch = batch * (args.clip / (norm + 1e-6)).clamp(max=1)
         scores, batches = scores + batch.cpu(), batches + 1
@@ -685,8 +685,11 @@ def relocation(training):
 def adaptation(training):
     """Ours: bring the counts towards the blocks' measured usefulness, early and in several moves.
 
-    A moved prompt is drawn anew and its momentum cleared: a prompt at 10⁻³ of its size has so large
-    a gradient that the joint clip stops all others (finding 2).
+    From a tenth of the epochs on, since untrained prompts are not useful anywhere, to the half, so
+    that moved prompts have time to learn. The share is averaged over the epochs so far. A moved
+    prompt is drawn anew and its momentum cleared: one at 10⁻³ of its size has so large a gradient
+    that the joint clip stops all others (finding 2). A block that has lost all its prompts shows no
+    usefulness, so that it stays empty.
     """
     args, model, epoch = training.args, training.model, training.epoch
     if not args.epochs // 10 <= epoch < args.epochs // 2:
@@ -696,7 +699,7 @@ def adaptation(training):
     share = useful / useful.sum().clamp(min=1e-12)
     training.share = share if training.share is None else (share + training.share) / 2
     generator, block = training.generator("allocator"), model.block.clone()
-    limit = math.ceil(len(block) / 8)
+    limit = math.ceil(len(block) / 8)  # an eighth of all prompts an epoch
     for source, target in planned_moves(model.counts(), training.share, limit):
         rows = torch.nonzero(block == source)[:, 0]
         k = rows[torch.randint(len(rows), (), generator=generator)].item()
@@ -714,7 +717,8 @@ def train_epoch(training):
     official = args.recipe == "official"
     mean, cost, scores, batches = LossMean(False), LossMean(official), 0, 0
     for loss, grads, size in gradients(training, params, "train", args.dropout):
-        if args.scores == "running" and training.allocator:  # before the clip and the update
+        if args.scores == "running" and training.job.method in ("pro-vpt", "prune-only"):
+            # before the clip; each batch meets other prompts, and other dropout, than a pass would
             batch = idleness_scores(model.prompts.detach(), grads[0])
             scores, batches = scores + batch.cpu(), batches + 1
         for p, g in zip(params, grads, strict=True):
@@ -958,9 +962,15 @@ def main(argv=None):
             if state["key"] == job.key():
                 training.load_state_dict(state["current"])
             began = time.process_time()
-            found = train(training, lambda now: run.save(
-                {**state, "key": now.job.key(), "current": now.state_dict()},
-                f"{now.job.key()}, epoch {now.epoch}"))
+            try:
+                found = train(training, lambda now: run.save(
+                    {**state, "key": now.job.key(), "current": now.state_dict()},
+                    f"{now.job.key()}, epoch {now.epoch}"))
+            except common.UserError as error:  # a rate that diverges is a result of the search
+                if job.stage != "val" or error.code != 3:
+                    raise
+                found = {"accuracy": 0.0, "losses": training.losses, "counts": training.counts,
+                         "moves": training.moves}
             state["done"][job.key()] = {**found, "truth": task.truth}
             state["current"] = state["key"] = None
             run.save(state, job.key())
