@@ -715,16 +715,27 @@ def test_the_suite_prints_group_means_beside_the_papers(tmp_path, capsys):
     assert "JPEG" in table
 
 
-def test_search_chooses_on_val_and_reports_three_seeds_and_resumes(tmp_path):
+class PowerCut(Exception):
+    pass
+
+
+def test_search_chooses_on_val_and_reports_three_seeds_and_resumes(tmp_path, monkeypatch):
     write_vtab(tmp_path, ["kitti"])
     words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "vtab-kitti", "--search",
-                       "--grid-lr", "64,2,.2", "--grid-wd", ".01,0", "--epochs", "8")
+                       "--grid-lr", "64,2,.2", "--grid-wd", ".01,0", "--epochs", "3")
     words = [str(w) for w in words]
-    process = start(SCRIPT, [*words, "--out-dir", tmp_path / "b"])
-    wait_for_rows(tmp_path / "b", 18, process)  # in the third of nine runs
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "b" / "result.json").exists()
+    save, saved = common.Run.save, []
+
+    def save_9_times(run, state, at):
+        save(run, state, at)
+        saved.append(at)
+        if len(saved) == 9:  # the first epoch of the third of nine runs
+            raise PowerCut
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(common.Run, "save", save_9_times)
+        pro_vpt.main([*words, "--out-dir", str(tmp_path / "b")])
+    assert not (tmp_path / "b" / "result.json").exists() and "lr 0.0625" in saved[-1]
     pro_vpt.main([*words, "--out-dir", str(tmp_path / "a")])
     pro_vpt.main([*words, "--out-dir", str(tmp_path / "b"), "--resume"])
     found = result(tmp_path / "a")["results"]
@@ -735,7 +746,7 @@ def test_search_chooses_on_val_and_reports_three_seeds_and_resumes(tmp_path):
     assert [k for k in found if "/test/" in k] == \
         [f"vtab-kitti/pro-vpt/test/{seed}" for seed in (18, 25, 42)]
     rows = [json.loads(row) for row in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert len(rows) == 9 * 8 and len({r["loss"] for r in rows}) > 60
+    assert len(rows) == 9 * 3 and len({r["loss"] for r in rows}) > 20
 
 
 def test_a_cell_of_the_search_that_diverges_scores_zero(tmp_path):
