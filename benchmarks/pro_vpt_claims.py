@@ -50,7 +50,8 @@ PLAN = {
     "adaptive (ours)": ("adaptive", {}),
 }
 SCORES = ["taylor, eps 1e-6, float32", "taylor, eps 1e-6, float64", "taylor, eps 1e-12, float32",
-          "taylor, eps 1e-12, float64", "norm", "post-ln", "-|taylor|", "-|post-ln|"]
+          "taylor, eps 1e-12, float64", "norm", "post-ln", "taylor, minus its size",
+          "post-ln, minus its size"]
 
 
 def gradient_scores(model, tokens, labels, eps, dtype, gated=False):
