@@ -61,9 +61,9 @@ Cost
     while training and halves the epoch. benchmarks/pro_vpt_epoch.py measures all three.
 
 Results
-    small world, 1 CPU-minute, 5 seeds x 5 planted distributions: accuracy of uniform 57.1, planted
-    truth 66.7, random relocation 53.2, PRO-VPT 48.4, adaptive (ours) 64.1; correlation of the
-    final distribution with the truth: PRO-VPT -0.44, adaptive 0.80. So in this world the paper's
+    small world, 1 CPU-minute, 5 seeds x 5 planted distributions: accuracy of uniform 56.6, planted
+    truth 66.5, random relocation 52.7, PRO-VPT 47.6, adaptive (ours) 63.1; correlation of the
+    final distribution with the truth: PRO-VPT -0.42, adaptive 0.83. So in this world the paper's
     algorithm does not gain; benchmarks/RESULTS.md shows why. VTAB-1k (paper: PRO-VPT 78.0, VPT-deep
     76.4): not run, no weights on our machine. An epoch at ViT-B/16 size takes 1/1.8 of the authors'
     arrangement's time, with --scores running half of that.
