@@ -6,6 +6,7 @@ Image sets   `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, D
 Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`
 Clients      `pachinko_partition` (two label levels), `dirichlet_partition`
 Reading      `ImagePool`: images through a transform, in memory when they are small
+Transfer     `load_splits` (VTAB-1k, FGVC, folders), `vit_backbone`, `tiny_vit`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
              `encode_once` (image features, cached)
 Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE, the multitask suite MTMO;
@@ -15,6 +16,7 @@ import difflib
 import hashlib
 import inspect
 import itertools
+import json
 import logging
 import math
 import re
@@ -26,9 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 import torchvision
+import transformers
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -643,6 +647,254 @@ def split_for_pretraining(images, share, rng):
     kept = np.setdiff1d(np.arange(len(images.train_labels)), seen)
     rest = replace(images, train=images.train.subset(kept), train_labels=images.train_labels[kept])
     return images.train.subset(seen), images.train_labels[seen], rest
+
+
+# ------------------------------------------------------------------------------------------------
+# Transfer sets: VTAB-1k, FGVC, and the small world "planted"
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Splits:
+    """A classification task in three parts, each a pair of Images and (N,) int64 labels.
+
+    family: "vtab", "fgvc", "folder", "cifar100" or "planted"; it decides the transforms.
+    """
+    name: str
+    family: str
+    num_classes: int
+    train: tuple
+    val: tuple
+    test: tuple
+
+    def train_and_val(self):
+        """Both, for the final run of a protocol that has chosen its settings."""
+        (a, y), (b, z) = self.train, self.val
+        return Images.concat(a, b), np.concatenate([y, z])
+
+
+VTAB_GROUPS = {
+    "natural": {"cifar": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102,
+                "oxford_iiit_pet": 37, "svhn": 10, "sun397": 397},
+    "specialized": {"patch_camelyon": 2, "eurosat": 10, "resisc45": 45,
+                    "diabetic_retinopathy": 5},
+    "structured": {"clevr_count": 8, "clevr_dist": 6, "dmlab": 6, "kitti": 4, "dsprites_loc": 16,
+                   "dsprites_ori": 16, "smallnorb_azi": 18, "smallnorb_ele": 9},
+}
+VTAB_TASKS = {task: n for tasks in VTAB_GROUPS.values() for task, n in tasks.items()}
+# name -> (folder under data_dir/fgvc, where in it the paths of the lists begin, classes)
+FGVC_SETS = {
+    "cub": ("CUB_200_2011", "images", 200), "nabirds": ("nabirds", "images", 555),
+    "flowers": ("OxfordFlowers", ".", 102), "dogs": ("StanfordDogs", "Images", 120),
+    "cars": ("StanfordCars", ".", 196),
+}
+TRANSFER_SETS = [*(f"vtab-{t}" for t in VTAB_TASKS), *(f"fgvc-{n}" for n in FGVC_SETS), "cifar100"]
+
+
+def load_splits(name, data_dir, seed=0):
+    """The Splits of one of TRANSFER_SETS or "folder:PATH".
+
+    seed: which 1,000 of CIFAR-100's training images are drawn (800 and 200, the rest is not used),
+    and which fifth of a folder's training images is the validation part. UserError if files are
+    missing (the message says what to put where).
+    """
+    data_dir, family = Path(data_dir), name.partition("-")[0]
+    if name in TRANSFER_SETS and family == "vtab":
+        return _vtab_task(name.partition("-")[2], data_dir / "vtab-1k")
+    if name in TRANSFER_SETS and family == "fgvc":
+        return _fgvc_set(name.partition("-")[2], data_dir / "fgvc")
+    if name != "cifar100" and not name.startswith("folder:"):
+        raise UserError(f"unknown data set {name!r}; there are {', '.join(TRANSFER_SETS)} and "
+                        "folder:PATH")
+    images = load_images(name, data_dir)
+    order = numpy_generator(seed, "splits", name).permutation(len(images.train_labels))
+    cut = 800 if name == "cifar100" else int(.8 * len(order))
+    if not 0 < cut < len(order):
+        raise UserError(f"{name} has {len(order)} training images; expected at least 2")
+    parts = [(images.train.subset(part), images.train_labels[part])
+             for part in (order[:cut], order[cut:1000] if name == "cifar100" else order[cut:])]
+    return Splits(name, name.partition(":")[0], images.num_classes, *parts,
+                  (images.test, images.test_labels))
+
+
+def _vtab_task(task, root):
+    """<task>/{train800,val200,test}.txt of lines "images/<split>/000000.jpg 3"."""
+    parts = []
+    for split in ("train800", "val200", "test"):
+        path = root / task / f"{split}.txt"
+        if not path.exists():
+            raise UserError(
+                f"{path} is missing; get the VTAB-1k folders that NOAH, SSF and RepAdapter share "
+                f"(vtab-1k.zip) and unpack them so that {root / task} holds train800.txt, "
+                "val200.txt, test.txt and images/")
+        files, labels = read_list_file(path, root / task)
+        parts.append((Images(files), labels))
+    return _checked_splits(f"vtab-{task}", VTAB_TASKS[task], parts, root / task)
+
+
+def _fgvc_set(name, root):
+    """train.json, val.json, test.json: {image path: class}, as the authors of VPT published."""
+    folder, images, classes = FGVC_SETS[name]
+    lists = []
+    for split in ("train", "val", "test"):
+        path = root / folder / f"{split}.json"
+        if not path.exists():
+            raise UserError(
+                f"{path} is missing; put the images of {folder} into {root / folder / images} and "
+                "the train.json, val.json and test.json that VPT (KMnP/vpt) publishes beside them")
+        try:
+            lists.append({str(file): int(c) for file, c in json.loads(path.read_text()).items()})
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{path}: expected one JSON object {{image: class}}") from None
+        first = root / folder / images / next(iter(lists[-1]), "")
+        if not first.is_file():
+            raise UserError(f"{path} names {first}, which does not exist; put the images there")
+    number = {c: i for i, c in enumerate(sorted(set(lists[0].values())))}  # some count from 1
+    unknown = {c for part in lists for c in part.values()} - set(number)
+    if unknown:
+        raise UserError(f"{root / folder}: class {min(unknown)} has no training image")
+    parts = [(Images([root / folder / images / file for file in part]),
+              np.array([number[c] for c in part.values()], dtype=np.int64)) for part in lists]
+    return _checked_splits(f"fgvc-{name}", classes, parts, root / folder)
+
+
+def _checked_splits(name, classes, parts, root):
+    """Splits whose labels fit the number of classes; UserError otherwise."""
+    largest = max(labels.max() for _, labels in parts)
+    if largest >= classes:
+        raise UserError(f"{root}: label {largest} is too large for the {classes} classes of {name}")
+    return Splits(name, name.partition("-")[0], classes, *parts)
+
+
+def transfer_transforms(family, size, mean, std):
+    """(transform for testing, random transform for training or None) of a family of sets.
+
+    VTAB: straight to size x size, bilinear, no augmentation. FGVC: short side 256 (for 224), crop,
+    flip. Folders and CIFAR-100 are read like VTAB.
+    """
+    bilinear = transforms.InterpolationMode.BILINEAR
+    if family != "fgvc":
+        return pixel_transform(size, mean, std, bilinear), None
+    short = transforms.Resize(round(size * 256 / 224), bilinear)
+    last = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return (transforms.Compose([short, transforms.CenterCrop(size), *last]),
+            transforms.Compose([short, transforms.RandomCrop(size),
+                                transforms.RandomHorizontalFlip(), *last]))
+
+
+def vit_backbone(model, eps, seed, device, cache_dir):
+    """A frozen transformers.ViTModel from a hub id or a directory, with LayerNorm ε = `eps`.
+
+    An MAE checkpoint loads as well (its decoder is left behind). UserError if it cannot be loaded
+    or is no ViT.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    seed_torch(seed, "unused weights of a checkpoint")
+    try:
+        vit, found = transformers.ViTModel.from_pretrained(
+            model, add_pooling_layer=False, layer_norm_eps=eps, cache_dir=str(cache_dir),
+            dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # hub, network, JSON, safetensors and key errors of four libraries
+        raise UserError(
+            f"--model {model}: cannot load it as a ViT ({type(error).__name__}: "
+            f"{str(error)[:200]}). Expected a hub id, or a directory with config.json and "
+            "model.safetensors") from None
+    if found["missing_keys"] or found["mismatched_keys"]:
+        raise UserError(f"--model {model} is not a ViT: it lacks {len(found['missing_keys'])} of "
+                        "its weights")
+    return vit.eval().requires_grad_(False).to(device)
+
+
+PLANTED_TRUTHS = ([0, 20, 4, 0, 0, 0], [0, 0, 0, 4, 20, 0], [12, 0, 0, 12, 0, 0],
+                  [0, 0, 16, 8, 0, 0], [4, 0, 0, 0, 0, 20])
+PLANTED_SIZE, PLANTED_CLASSES = 24, 6
+PLANTED_LOOK = {"noise": .1, "size": PLANTED_SIZE}
+
+
+def tiny_vit(seed, device, cache_dir, progress=lambda items, *_, **__: items, eps=1e-6):
+    """A ViT of 6 blocks that tells the 100 coloured textures apart; about 20 s on one CPU core."""
+    config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=6, num_attention_heads=4,
+                                    intermediate_size=192, image_size=PLANTED_SIZE, patch_size=8,
+                                    layer_norm_eps=eps)
+    seed_torch(seed, "tiny-vit", "init")
+    vit = transformers.ViTModel(config, add_pooling_layer=False)
+
+    def make():
+        _pretrain_vit(vit, seed, progress)
+        return vit.state_dict()
+
+    key = cache_key(seed, config.to_json_string(), inspect.getsource(_pretrain_vit),
+                    inspect.getsource(render_tile))
+    vit.load_state_dict(cached(Path(cache_dir) / f"tiny-vit-{key}.pt", make, "a cached tiny ViT"))
+    return vit.eval().requires_grad_(False).to(device)
+
+
+def _pretrain_vit(vit, seed, progress, per_class=40, epochs=8, batch=64, lr=2e-3):
+    """Cross-entropy on 4,000 tiles of 100 classes, with a linear head that is thrown away."""
+    rng = numpy_generator(seed, "tiny-vit", "tiles")
+    tiles, labels = render_tiles([per_class] * 100, rng, **MILD, size=PLANTED_SIZE)
+    pixels, labels = planted_pixels(tiles), torch.from_numpy(labels)
+    head = torch.nn.Linear(vit.config.hidden_size, 100)
+    params = [*vit.parameters(), *head.parameters()]
+    steps = epochs * (len(labels) // batch)
+    optimizer = torch.optim.AdamW(params, lr, weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    vit.train()
+    for step in progress(range(steps), "pre-training a tiny ViT"):
+        place = step % (len(labels) // batch)
+        if place == 0:
+            order = torch.from_numpy(rng.permutation(len(labels)))
+        here = order[place * batch:][:batch]
+        logits = head(vit(pixel_values=pixels[here]).last_hidden_state[:, 0])
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits, labels[here]).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+    vit.eval()
+
+
+def planted_pixels(tiles):
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) as `pixel_transform(.., .5, .25)` makes them."""
+    return (torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - .5) / .25
+
+
+@torch.no_grad()
+def planted(seed, vit, counts, n_train=600, n_test=1000):
+    """The small world: a task whose right number of prompts per block is known -> Splits.
+
+    A teacher, the same frozen ViT with `counts` hidden prompts (sum N, one number per block),
+    labels the tiles. Its prompts are in-distribution: before block b they are tokens of other
+    tiles at that depth. The label is the largest of PLANTED_CLASSES standardised directions of the
+    teacher's output, those that a linear map of the bare ViT's output explains worst, so that a
+    linear probe is beatable and prompts in the right blocks are what it takes.
+    """
+    rng = numpy_generator(seed, "planted", *counts)
+    tiles, _ = render_tiles([17] * 100, rng, **PLANTED_LOOK)  # 100 for the prompts, 1,600 to label
+    tiles = tiles[rng.permutation(len(tiles))]
+    device = vit.layernorm.weight.device
+    pixels = planted_pixels(tiles[:100 + n_train + n_test]).to(device)
+    donors, x = vit.embeddings(pixels[:100]), vit.embeddings(pixels[100:])  # (·, 1 + T, D)
+    bare = vit(pixel_values=pixels[100:]).last_hidden_state[:, 0].double().cpu().numpy()
+    tokens = x.shape[1]
+    for layer, n in zip(vit.layers, counts, strict=True):
+        prompts = donors[rng.integers(0, 100, n), rng.integers(1, tokens, n)]  # (n, D)
+        x = layer(torch.cat([x, prompts.expand(len(x), -1, -1)], 1))[:, :tokens]
+        donors = layer(donors)
+    taught = vit.layernorm(x[:, 0]).double().cpu().numpy()
+    taught, bare = taught - taught.mean(0), bare - bare.mean(0)
+    rest = taught - bare @ np.linalg.lstsq(bare, taught, rcond=None)[0]
+    total = taught.T @ taught
+    ridge = .01 * np.trace(total) / len(total) * np.eye(len(total))  # no directions of mere noise
+    # directions w with the largest share of unexplained variance: max wᵀ rest w / wᵀ total w
+    directions = scipy.linalg.eigh(rest.T @ rest, total + ridge)[1][:, -PLANTED_CLASSES:]
+    z = taught @ directions
+    labels = (z / z.std(0)).argmax(1).astype(np.int64)
+    tiles, cut = tiles[100:], int(.8 * n_train)
+    parts = [(Images(tiles[a:b]), labels[a:b])
+             for a, b in ((0, cut), (cut, n_train), (n_train, n_train + n_test))]
+    return Splits("planted", "planted", PLANTED_CLASSES, *parts)
 
 
 # ------------------------------------------------------------------------------------------------
