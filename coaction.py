@@ -686,6 +686,8 @@ def draw_figure(world, state, results, path):
         axes.set_title(f"{problem.name}  HV {hv:.3f}{told}", fontsize=8)
         axes.tick_params(labelsize=6)
         axes.locator_params(nbins=4)
+        axes.set_xlabel("$f_1$", fontsize=7, labelpad=1)
+        axes.set_ylabel("$f_2$", fontsize=7, labelpad=1)
         if k == 0:
             handles = axes.get_legend_handles_labels()
     parts[0].legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

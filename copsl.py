@@ -539,10 +539,11 @@ def draw_figure(world, fronts, results, references, path):
     for k, problem in enumerate(problems):
         axes = figure.add_subplot(rows, columns, k + 1, projection="3d" if deep else None)
         shown = references[k] / problem.nadir
-        inside = (shown <= 1.3).all(-1)  # a reference may reach beyond the nadir that is used
+        inside = (shown <= 1.3).all(-1)  # a front may reach far beyond the nadir that is used
         axes.scatter(*shown[inside][:, :3].T, s=3, color="#AAAAAA", alpha=.5, label="reference")
         for method, front in fronts.items():
             f = front[k] / problem.nadir
+            f = f[(f <= 1.3).all(-1)]
             colour, marker = styles[method]
             axes.scatter(*f[:, :3].T, s=12, color=colour, marker=marker, linewidths=.8, alpha=.8,
                          label=METHODS[method])
@@ -557,6 +558,8 @@ def draw_figure(world, fronts, results, references, path):
             axes.text(.97, .96, "HV\n" + hv, transform=axes.transAxes, ha="right", va="top",
                       fontsize=8)
         axes.set(xlabel="$f_1$ / nadir", ylabel="$f_2$ / nadir")
+        axes.locator_params(nbins=4 if deep else 6)
+        axes.tick_params(labelsize=8)
         if k == 0:
             handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import scipy.linalg
 import torch
 import torch.nn.functional as F
@@ -393,6 +392,7 @@ def _list_file_set(name, data_dir):
         parts.append(read_list_file(path, root))
     (train, labels), (test, test_labels) = parts
     if name == "imagenet":
+        import open_clip
         names = list(open_clip.IMAGENET_CLASSNAMES)
     else:  # a Places path names its class: data_256/a/airfield/00000001.jpg
         first = {int(c): train[i] for i, c in reversed(list(enumerate(labels)))}
@@ -921,6 +921,7 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
 
     UserError: unknown names (the message lists the tags), a missing or foreign file, no network.
     """
+    import open_clip  # slow to import, and only needed here
     name, _, tag = model.partition(":")
     if name not in open_clip.list_models():
         close = ", ".join(difflib.get_close_matches(name, open_clip.list_models())) or "its list"
@@ -1031,6 +1032,7 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
     images, labels: an Images sequence and its (N,) labels; template: caption with {};
     progress(iterable, what): a progress bar.
     """
+    import open_clip  # slow to import, and only needed here
     captions = [template.format(name) for name in class_names]
     longest = max(len(WordTokenizer.words(c)) for c in captions)
     tokenizer = WordTokenizer(captions, longest + 8)  # 8 more leave room for a learned context
