@@ -103,7 +103,7 @@ LABELS = {"central": "centralised LoRA", "local": "local", "fedavg": "FedAvg, un
 REAL = {"model": "bert-base-uncased", "method": "elsa", "rounds": 10, "lr": 1e-3, "batch": 32,
         "alpha": .5, "dropout": .1, "channel": "sketch", "attack": False, "curve": False,
         "cloud_every": 1, "cloud_mix": 1.0, "poison": "", "ssop_rank": 32, "warmup_steps": 10}
-SMALL = {"model": "tiny", "method": "fedavg,elsa", "rounds": 6, "lr": 3e-3, "batch": 16,
+SMALL = {"model": "tiny", "method": "fedavg,elsa", "rounds": 4, "lr": 3e-3, "batch": 16,
          "alpha": 3.0, "dropout": 0.0, "channel": "quant", "attack": True, "curve": True,
          "cloud_every": 2, "cloud_mix": 0.0, "poison": "label-flip:2,random:1", "threads": 1,
          "ssop_rank": 16, "warmup_steps": 26}
@@ -1120,7 +1120,7 @@ def build_parser():
                    help=f"comma-separated list of {', '.join(METHODS)}, or all (default elsa; "
                    "small world fedavg,elsa)")
     g.add_argument("--rounds", type=number(int, low=1), default=None,
-                   help="edge rounds (default 10; small world 6)")
+                   help="edge rounds (default 10; small world 4)")
     g.add_argument("--local-epochs", type=number(int, low=1), default=1, help="a round's epochs")
     g.add_argument("--batch", type=number(int, low=1), default=None,
                    help="default 32; small world 16")

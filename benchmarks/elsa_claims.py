@@ -58,9 +58,9 @@ def plan(world):
     found = {m: (m, {}) for m in elsa.METHODS} if world == "topics" else \
         {m: (m, PLAIN) for m in ("central", "fedavg", "elsa")}
     if world == "topics":
-        found["elsa, no trust"] = ("elsa", {"no_trust": True})
-        found["elsa, no clusters"] = ("elsa", {"no_cluster": True})
-        found["elsa, cloud mix 1"] = ("elsa", {"cloud_mix": 1.0})
+        found["elsa no trust"] = ("elsa", {"no_trust": True})
+        found["elsa no clusters"] = ("elsa", {"no_cluster": True})
+        found["elsa cloud mix 1"] = ("elsa", {"cloud_mix": 1.0})
     found["ssop none"] = ("elsa", PLAIN)
     found["ssop link"] = ("elsa", {**PLAIN, "ssop": "link"})
     for rank in (8, 16, 32) if world == "topics" else (8, 32, 128):
@@ -111,7 +111,7 @@ def measure(options, dataset, seed, wanted, folder, largest):
                 found |= grouping(world, small, history)
                 found["privacy"] = {r: elsa.privacy_report(world, cut_setup(setup, r, seed),
                                                            state["cloud"])
-                                    for r in (8, 16, 32, 64, 128, 384) if r <= largest}
+                                    for r in (8, 16, 32, 128, 384) if r <= largest}
             common.write_json(where / f"{name}.json", found)
             print(f"{dataset} seed {seed} {name}: served {history[-1]['served']:.2f}, "
                   f"{found['cpu_seconds']} CPU-s", file=sys.stderr, flush=True)
@@ -242,7 +242,7 @@ def main():
         wanted = {n: wanted[n] for n in args.only.split(",")}
     first, parts = map(int, args.part.split("/"))
     wanted = {n: w for i, (n, w) in enumerate(wanted.items()) if i % parts == first}
-    largest = 64 if args.world.startswith("topics") else 384
+    largest = 32 if args.world.startswith("topics") else 384
     for seed in map(int, args.seeds.split(",")):
         measure(options, args.world, seed, wanted, args.out, largest)
 
