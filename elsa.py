@@ -1268,7 +1268,7 @@ def draw_figure(world, result, path):
         rounds = [h["round"] for h in history]
         middle.plot(rounds, [h["served"] for h in history], color=colour, lw=2, marker="o", ms=3,
                     label=LABELS[m] + (", edges" if m == "elsa" else ""))
-        if m == "elsa":
+        if m == "elsa" and history:
             middle.plot(rounds, [h["cloud"] for h in history], color=colour, ls="--",
                         label="ELSA, cloud")
             for e in range(len(history[-1]["edges"])):
