@@ -3,6 +3,8 @@
     python benchmarks/elsa_claims.py                          the small world, 5 seeds
     python benchmarks/elsa_claims.py --summary                tables from what has been run already
     python benchmarks/elsa_claims.py --world trec --model DIR --max-length 32 --lr 2e-3 ...
+    python benchmarks/elsa_claims.py --read RUN               the models of one run of elsa.py read
+                                                              through every channel, and attacked
 
 Every (seed, setting) is one JSON file under --out, so the work can be stopped, continued, and split
 over processes with --seeds and --part I/N. The claims of the small world:
@@ -148,6 +150,53 @@ def grouping(world, setup, history):
                 world, {e: d[e::edges] for e in range(edges)}, history) for d in draws)}
 
 
+def read_run(folder):
+    """ELSA's final models of a finished run through every channel and kind of SS-OP, untrained for
+    it, and the attacks at several ranks."""
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    flags = elsa.build_parser().parse_args([])
+    vars(flags).update({k: v for k, v in settings.items() if v is not None}, resume=False,
+                       overwrite=True, out_dir=folder / "read", data_dir=Path(settings["data_dir"]))
+    with common.Run(flags, "read") as run:
+        state = common.load_tensors(folder / "checkpoint.pt", "a checkpoint of elsa.py")["state"]
+        world, setup, models = elsa.build_federation(flags, run), state["setup"], state["trained"]
+        state, seed = models["elsa"], flags.seed
+        if not setup["directions"]:
+            setup["directions"] = elsa.public_directions(world, state["cloud"])
+        groups = list(elsa.place_clients(world, "elsa", setup)[0].values())
+        cuts = {k: world.cuts[k] for g in groups for k in g}
+        wanted = {"none": PLAIN, **channels()}
+        wanted = {f"{n}, ssop {m}": {**f, "ssop": m} for n, f in wanted.items()
+                  if not n.startswith("adapters") for m in ("none", "link", "edge")
+                  if m != "link" or n in ("none", "sketch 1 lsq")}
+        largest = setup["bases"][0].shape[1]
+        ranks = [r for r in (8, 32, 128) if r <= largest]
+        privacy = {r: elsa.privacy_report(world, cut_setup(setup, r, seed), state["cloud"])
+                   for r in ranks}
+        common.write_json(folder / "read-privacy.json", privacy)
+        print("| r | attack | top-1 % | top-5 % |\n|---|---|---|---|")
+        for rank, rows in privacy.items():
+            for name, first, five in rows:
+                print(f"| {rank} | {name} | {first:.1f} | {five:.1f} |")
+        print("\n| channel | bytes | error | served % | cloud % |\n|---|---|---|---|---|")
+        small = cut_setup(setup, min(32, largest), seed)
+        x = None
+        for name, change in wanted.items():
+            vars(flags).update(change)
+            codecs, _ = elsa.make_codecs(flags, small, world.width, world.device)
+            links = {k: elsa.make_link(world, small, k, codecs) for k in range(len(world.clients))}
+            found = elsa.evaluate(world, run, groups, state, links, cuts)
+            if x is None:
+                ids, mask = world.batch(world.clients[0][1][:64])
+                elsa.load_adapters(world.model, state["cloud"])
+                x = world.model.part1(ids, mask, world.cuts[0][0])[0].detach()[mask > 0]
+            link = elsa.Link(codecs)
+            error = ((link.carry(x, elsa.EXCHANGES[0]) - x).norm() / x.norm()).item()
+            share = link.sent[elsa.EXCHANGES[0]] / (4 * x.numel())
+            print(f"| {name} | {share:.3f} | {error:.2f} | {found['served']:.1f} | "
+                  f"{found['cloud']:.1f} |", flush=True)
+
+
 def spread(numbers, digits=1):
     numbers = [n for n in numbers if n is not None]
     if not numbers:
@@ -227,9 +276,12 @@ def main():
     parser.add_argument("--only", default=None, help="comma-separated settings (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/elsa-claims"),
                         help="default %(default)s")
+    parser.add_argument("--read", type=Path, default=None, help="a finished run of elsa.py")
     parser.add_argument("--summary", action="store_true",
                         help="run nothing; print what --out holds")
     args, options = parser.parse_known_args()  # the rest goes to elsa.py
+    if args.read:
+        return read_run(args.read)
     if args.summary:
         for dataset in ("topics", "topics-same", "trec", "sst2"):
             summarise(args.out, dataset)
