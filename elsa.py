@@ -765,15 +765,19 @@ def set_up(world, run):
         weights = [len(c[0]) for c in world.clients]
         mean = fedavg([_to(f["adapters"], world.device) for f in found], weights)
         directions = public_directions(world, mean)
+    q, rotation = len(world.probe_ids), found[0]["basis"].numel() + turns[0].numel()
+    once = {"probe states up": 4 * n * q * world.width,
+            "probe predictions up": 4 * n * q * len(world.texts.class_names),
+            "rotations up": 4 * n * rotation if args.ssop == "link" else 0}
     return {"distance": distance, "trust": trust, "bases": [f["basis"] for f in found],
-            "turns": turns, "directions": directions}
+            "turns": turns, "directions": directions, "once": once}
 
 
 def public_directions(world, state):
     """What crosses on the probes, exchange by exchange: principal directions (D, up to D).
 
-    state: the mean of the clients' warm-up adapters. Gradients need labels: the model's own guesses
-    are drawn, so nothing private is used.
+    state: the mean of the clients' warm-up adapters; the cut is the first client's. Gradients need
+    labels: the model's own guesses are drawn, so nothing private is used.
     """
     model, (p, q) = world.model, world.cuts[0]
     load_adapters(model, state)
@@ -1331,12 +1335,16 @@ def report(world, run, state):
     shown = "elsa" if "elsa" in results else list(results)[-1]
     groups, labels, yielded = place_clients(world, shown, setup)
     n = len(world.clients)
-    run.table(["\nbytes a round of " + shown, "MB"],
+    run.table([f"\nlinks of {LABELS[shown]}", "MB a round"],
               [[name, size / args.rounds / 1e6] for name, size in results[shown]["bytes"].items()])
+    run.table(["once, before the first round", "MB"],
+              [[name, size / 1e6] for name, size in setup["once"].items()])
+    run.table(["\nserved %, by edge", *(f"edge {e}" for e in groups)],
+              [[f"of {LABELS[shown]}", *last[shown]["edges"]]])
     result = {"dataset": args.dataset, "seed": args.seed, "results": results, "groups": groups,
               "trust": setup["trust"].tolist(), "distance": setup["distance"].tolist(),
               "poisoned": {str(k): v for k, v in world.poisoned.items()}, "cuts": world.cuts,
-              "clusters": labels, "domains": world.domain}
+              "clusters": labels, "domains": world.domain, "once": setup["once"]}
     if yielded and run.rank == 0:
         print("no client reached the trust floor: the filter was left out and all take part")
     if shown == "elsa":

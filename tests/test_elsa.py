@@ -612,6 +612,23 @@ def test_tiny_bert_learns_words_and_is_cached(tmp_path):
     assert mask.sum(1).tolist() == [4, 6] and (ids[:, 0] == ids[0, 0]).all()
 
 
+def test_small_world_shows_domains_and_liars(tmp_path):
+    """The conditions of the small world: [CLS] holds topic and domain, the fingerprints group by
+    domain, and who lies about labels is told from who does not."""
+    args = elsa.resolve(elsa.build_parser().parse_args(
+        ["--seed", "5", "--data-dir", str(tmp_path), "--out-dir", str(tmp_path / "out")]))
+    with common.Run(args, "small") as run:
+        world = elsa.build_federation(args, run)
+        setup = elsa.set_up(world, run)
+    _, labels, yielded = elsa.place_clients(world, "elsa", setup)
+    assert not yielded and sorted(world.poisoned.values()) == ["label-flip"] * 2 + ["random"]
+    assert {k for k in range(12) if labels[k] is None} == set(world.poisoned)
+    pairs = {(world.domain[k], labels[k]) for k in world.honest}
+    assert len(pairs) == 3 and len({c for _, c in pairs}) == 3
+    assert min(setup["trust"][k] for k in world.honest) > \
+        max(setup["trust"][k] for k in world.poisoned)
+
+
 # ================================================================================================
 # The command
 # ================================================================================================
@@ -682,7 +699,7 @@ def test_run_leaves_its_files_and_a_result_line(reference):
     assert err == "" and re.fullmatch(r"RESULT( \w+=\S+)+", out.strip().splitlines()[-1])
     found = result(folder)
     assert [h["round"] for h in found["results"]["elsa"]["history"]] == list(range(1, 13))
-    for table in ("words recovered", "read through a channel", "seconds of a round", "bytes a"):
+    for table in ("words recovered", "read through a channel", "seconds of a round", "by edge"):
         assert table in out
     curve = {r[0]: r[1:] for r in found["curve"]}
     assert curve["none"][:2] == [1.0, 0.0] and curve["quant, 8 bits"][0] == 1 / 4 + 4 / 64
@@ -694,7 +711,11 @@ def test_bytes_of_a_run_are_those_of_its_texts(small, tmp_path):
     words = arguments(small, "--method", "elsa", "--channel", "none", "--rounds", 1, "--no-trust",
                       "--out-dir", tmp_path / "out")
     elsa.main(words)
-    found = result(tmp_path / "out")["results"]["elsa"]["bytes"]
+    whole = result(tmp_path / "out")
+    found = whole["results"]["elsa"]["bytes"]
+    assert whole["once"] == {"probe states up": 5 * 16 * 16 * 4,
+                             "probe predictions up": 5 * 16 * 4 * 4,
+                             "rotations up": 5 * (16 * 4 + 4 * 4) * 4}
     args = elsa.resolve(elsa.build_parser().parse_args(words))
     args.out_dir = tmp_path / "other"
     with common.Run(args, "x") as run:
