@@ -168,7 +168,7 @@ def read_run(folder):
         wanted = {"none": PLAIN, **channels()}
         wanted = {f"{n}, ssop {m}": {**f, "ssop": m} for n, f in wanted.items()
                   if not n.startswith("adapters") for m in ("none", "link", "edge")
-                  if m != "link" or n in ("none", "sketch 1 lsq")}
+                  if m == "none" or n in ("none", "quant 8 bit") or n.startswith("sketch")}
         largest = setup["bases"][0].shape[1]
         ranks = [r for r in (8, 32, 128) if r <= largest]
         privacy = {r: elsa.privacy_report(world, cut_setup(setup, r, seed), state["cloud"])
