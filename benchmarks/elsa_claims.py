@@ -150,7 +150,7 @@ def grouping(world, setup, history):
                 world, {e: d[e::edges] for e in range(edges)}, history) for d in draws)}
 
 
-def read_run(folder):
+def read_run(folder, only):
     """ELSA's final models of a finished run through every channel and kind of SS-OP, untrained for
     it, and the attacks at several ranks."""
     settings = json.loads((folder / "config.json").read_text())["settings"]
@@ -169,6 +169,7 @@ def read_run(folder):
         wanted = {f"{n}, ssop {m}": {**f, "ssop": m} for n, f in wanted.items()
                   if not n.startswith("adapters") for m in ("none", "link", "edge")
                   if m == "none" or n in ("none", "quant 8 bit") or n.startswith("sketch")}
+        wanted = {n: f for n, f in wanted.items() if not only or n.replace(",", "") in only}
         largest = setup["bases"][0].shape[1]
         ranks = [r for r in (8, 32, 128) if r <= largest]
         privacy = {r: elsa.privacy_report(world, cut_setup(setup, r, seed), state["cloud"])
@@ -281,7 +282,7 @@ def main():
                         help="run nothing; print what --out holds")
     args, options = parser.parse_known_args()  # the rest goes to elsa.py
     if args.read:
-        return read_run(args.read)
+        return read_run(args.read, args.only and args.only.split(","))
     if args.summary:
         for dataset in ("topics", "topics-same", "trec", "sst2"):
             summarise(args.out, dataset)
