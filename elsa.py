@@ -52,9 +52,9 @@ Cost
 
 Results
     small world, under a CPU-minute, 5 seeds: served by FedAvg 46.6 ± 7.4, by random clusters 66.9 ±
-    11.2, by ELSA's edges 100.0; the cloud model 46.4. SS-OP r 16: words recovered 100% in the clear,
-    43% rotated, 59% by the complement attack, 100% with 100 known words. Real TREC with a MiniLM
-    encoder, what does not hold, channels by bytes: benchmarks/RESULTS.md.
+    11.2, by ELSA's edges 100.0; its cloud model 46.4. SS-OP r 16: words recovered 100% in the
+    clear, 43% rotated, 59% by the complement attack, 100% with 100 known words. Real TREC with a
+    MiniLM encoder, what does not hold, channels by bytes: benchmarks/RESULTS.md.
 
 Where we depart (the marks can be searched for)
     DEVIATION 1   the small world sends states in 8 bits instead of a sketch, because the sketch
