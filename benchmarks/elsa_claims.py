@@ -173,8 +173,7 @@ def read_run(folder, only):
         largest = setup["bases"][0].shape[1]
         ranks = [r for r in (8, 32, 128) if r <= largest]
         privacy = {r: elsa.privacy_report(world, cut_setup(setup, r, seed), state["cloud"])
-                   for r in ranks}
-        common.write_json(folder / "read-privacy.json", privacy)
+                   for r in ranks} if not only else {}
         print("| r | attack | top-1 % | top-5 % |\n|---|---|---|---|")
         for rank, rows in privacy.items():
             for name, first, five in rows:
