@@ -5,6 +5,7 @@ Image sets   `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, D
              own files; `folder:PATH` from any ImageFolder tree; `shapes` rendered here.
 Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`
 Clients      `pachinko_partition` (two label levels), `dirichlet_partition`
+Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH, `topics`; `tiny_bert`, `text_encoder`
 Reading      `ImagePool`: images through a transform, in memory when they are small
 Transfer     `load_splits` (VTAB-1k, FGVC, folders), `vit_backbone`, `tiny_vit`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
@@ -12,6 +13,7 @@ CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-tr
 Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE, the multitask suite MTMO;
              `reference_front`, `das_dennis`
 """
+import csv
 import difflib
 import hashlib
 import inspect
@@ -23,6 +25,7 @@ import re
 import runpy
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,10 +41,12 @@ from torchvision import transforms
 
 from common import (
     UserError,
+    atomic_write,
     cache_key,
     cached,
     non_dominated,
     numpy_generator,
+    seed_for,
     seed_torch,
     torch_generator,
 )
@@ -166,6 +171,337 @@ def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries
     raise UserError(
         f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test "
         f"sample in {tries} draws; use fewer --clients or a larger --beta")
+
+
+# ------------------------------------------------------------------------------------------------
+# Text sets
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextSet:
+    """Labelled texts. train, test: lists of str; train_labels, test_labels: (N,) int64 arrays.
+
+    train_groups, test_groups: the domain of every text, all 0 where a set knows none; probes:
+    public unlabelled texts, empty where a set brings none.
+    """
+    name: str
+    class_names: list
+    train: list
+    train_labels: np.ndarray
+    test: list
+    test_labels: np.ndarray
+    train_groups: np.ndarray
+    test_groups: np.ndarray
+    probes: list
+
+
+TREC_CLASSES = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
+AG_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
+# name -> (its folder under --data-dir, the files wanted there, where they are published)
+TEXT_FILES = {
+    "trec": ("trec", ["train_5500.label", "TREC_10.label"],
+             "https://cogcomp.seas.upenn.edu/Data/QA/QC/"),
+    "ag-news": ("ag-news", ["ag_news_csv/train.csv", "ag_news_csv/test.csv"],
+                "https://s3.amazonaws.com/fast-ai-nlp/ag_news_csv.tgz"),
+    "sst2": ("sst2", ["train.tsv", "dev.tsv"],
+             "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"),
+}
+TEXT_SETS = [*TEXT_FILES, "topics", "topics-same"]
+
+
+def load_texts(name, data_dir, seed=0):
+    """The TextSet `name`, one of TEXT_SETS or "csv:PATH"; downloads into data_dir if it can.
+
+    seed matters for the generated topics and topics-same only. UserError: unknown name, missing,
+    empty or damaged files, no network (the message says which files to put where).
+    """
+    if name in ("topics", "topics-same"):
+        return topics(seed, same=name == "topics-same")
+    if name.startswith("csv:"):
+        return _csv_set(Path(name.partition(":")[2]))
+    if name not in TEXT_FILES:
+        raise UserError(
+            f"unknown text set {name!r}; there are {', '.join(TEXT_SETS)} and csv:PATH")
+    folder, files, url = TEXT_FILES[name]
+    root = Path(data_dir) / folder
+    if not all((root / f).exists() for f in files):
+        _fetch_texts(name, root, files, url)
+    read = {"trec": _read_trec, "ag-news": _read_ag_news, "sst2": _read_sst2}[name]
+    parts = [read(root / f) for f in files]
+    for f, (texts, labels) in zip(files, parts, strict=True):
+        if not texts or len(set(labels)) < 2:
+            raise UserError(f"{root / f} holds {len(texts)} texts of {len(set(labels))} classes; "
+                            f"expected the file of {url}")
+    classes = {"trec": TREC_CLASSES, "ag-news": AG_CLASSES, "sst2": ["negative", "positive"]}[name]
+    return _text_set(name, classes, *parts)
+
+
+def _text_set(name, classes, train, test):
+    (texts, labels), (test_texts, test_labels) = train, test
+    return TextSet(name, classes, texts, np.array(labels, dtype=np.int64), test_texts,
+                   np.array(test_labels, dtype=np.int64), np.zeros(len(texts), dtype=np.int64),
+                   np.zeros(len(test_texts), dtype=np.int64), [])
+
+
+def _fetch_texts(name, root, files, url):
+    """Download what is missing; each file appears under its name only when it is whole."""
+    if url.endswith(".tgz"):
+        return fetch_tar(url, root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if url.endswith(".zip"):
+            archive = root / url.rpartition("/")[2]
+            if not archive.exists():
+                torch.hub.download_url_to_file(url, str(archive))
+            with zipfile.ZipFile(archive) as content:  # only the members we name: none can escape
+                for f in files:
+                    wanted = content.read(f"{archive.stem}/{f}")
+                    atomic_write(root / f, lambda p, wanted=wanted: p.write_bytes(wanted))
+        else:
+            for f in files:
+                if not (root / f).exists():
+                    torch.hub.download_url_to_file(url + f, str(root / f))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{archive} is damaged ({error}); delete it and try again") from None
+    except OSError as error:  # includes URLError
+        raise UserError(f"{name}: cannot download {url} ({error}); without a network, put "
+                        f"{' and '.join(files)} into {root}") from None
+
+
+def _lines(path, encoding="utf-8"):
+    """The non-empty lines of a text file with their numbers."""
+    try:
+        text = Path(path).read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not {encoding} text ({error})") from None
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _read_trec(path):
+    """Lines "COARSE:fine question", latin-1 -> texts, coarse labels."""
+    texts, labels = [], []
+    for i, line in _lines(path, "latin-1"):
+        kind, _, question = line.strip().partition(" ")
+        coarse = kind.partition(":")[0]
+        if coarse not in TREC_CLASSES or not question:
+            raise UserError(f"{path}, line {i}: expected 'COARSE:fine question', got {line[:60]!r}")
+        texts.append(question)
+        labels.append(TREC_CLASSES.index(coarse))
+    return texts, labels
+
+
+def _read_ag_news(path):
+    """Rows "class 1-4","title","description" -> title and description as one text, labels 0-3."""
+    texts, labels = [], []
+    with open(path, newline="", encoding="utf-8") as handle:
+        for i, row in enumerate(csv.reader(handle), 1):
+            if len(row) != 3 or row[0] not in ("1", "2", "3", "4"):
+                raise UserError(f"{path}, row {i}: expected class 1-4, title, description; "
+                                f"got {str(row)[:60]}")
+            texts.append(f"{row[1]} {row[2]}")
+            labels.append(int(row[0]) - 1)
+    return texts, labels
+
+
+def _read_sst2(path):
+    """Lines "sentence<TAB>0 or 1", with or without a header -> texts, labels."""
+    texts, labels = [], []
+    for i, line in _lines(path):
+        text, _, label = line.rstrip("\r").rpartition("\t")
+        if i == 1 and label == "label":
+            continue
+        if label not in ("0", "1") or not text:
+            raise UserError(f"{path}, line {i}: expected 'sentence<TAB>0 or 1', got {line[:60]!r}")
+        texts.append(text)
+        labels.append(int(label))
+    return texts, labels
+
+
+def _csv_set(path):
+    """A file of rows label,text; every fifth row of a class (at least one) is the test."""
+    if not path.is_file():
+        raise UserError(f"csv:{path}: there is no such file; expected rows label,text")
+    with open(path, newline="", encoding="utf-8", errors="replace") as handle:
+        rows = [row for row in csv.reader(handle) if row]
+    for i, row in enumerate(rows, 1):
+        if len(row) != 2 or not row[0].strip() or not row[1].strip():
+            raise UserError(f"{path}, row {i}: expected label,text, got {str(row)[:60]}")
+    classes = sorted({row[0] for row in rows})
+    parts = [[], []], [[], []]  # (texts, labels) to train and to test on
+    for c, name in enumerate(classes):
+        texts = [text for label, text in rows if label == name]
+        if len(texts) < 2:
+            raise UserError(f"{path}: class {name!r} has one row; at least 2 are needed, "
+                            "one of them for the test")
+        for i, text in enumerate(texts):
+            part = parts[i % 5 == min(4, len(texts) - 1)]
+            part[0].append(text)
+            part[1].append(c)
+    if len(classes) < 2:
+        raise UserError(f"{path} has {len(classes)} classes; expected rows label,text of at least "
+                        "2")
+    return _text_set(path.stem, classes, *parts)
+
+
+# Small world "topics": sentences of three words on a topic, three of a domain and some of neither.
+TOPIC_WORDS = [line.split() for line in (
+    "storm rain thunder cloud wind snow", "guitar drum violin flute song choir",
+    "doctor nurse fever pill cough clinic", "lion tiger wolf bear fox deer",
+    "circle square triangle cube sphere cone")]
+DOMAIN_WORDS = [line.split() for line in (
+    "kitchen oven spoon bread salt butter plate recipe chef kettle flour stew",
+    "harbour ship anchor sailor rope tide deck mast captain cargo pier buoy",
+    "market stall coin seller price basket crowd bargain queue customer street goods")]
+COMMON_WORDS = ["the", "a", "one", "near", "with", "and", "then", "again", "there", "slowly", "old",
+                "new", "small", "large", "very", "under", "over", "before", "after", "every"]
+TOPICS_WIDTH = 14  # [CLS], at most 12 words, end of text
+
+
+def topic_sentences(domain, topic, count, rng):
+    """`count` sentences about one of 5 topics in the words of one of 3 domains; 8 to 12 words."""
+    sentences = []
+    for _ in range(count):
+        words = [*rng.choice(TOPIC_WORDS[topic], 3, replace=False),
+                 *rng.choice(DOMAIN_WORDS[domain], 3, replace=False),
+                 *rng.choice(COMMON_WORDS, rng.integers(2, 7))]
+        sentences.append(" ".join(rng.permutation(words)))
+    return sentences
+
+
+def topics(seed, same=False, per_class=160, n_test=40, n_probes=96):
+    """3 domains x 5 classes whose meaning depends on the domain: class = (topic + domain) mod 5.
+
+    So the same topic word speaks for different classes in different domains, and clients of
+    different domains teach a shared model contradictory things. same: class = topic everywhere.
+    per_class, n_test: sentences of each (domain, class) -> TextSet with domains as groups.
+    """
+    rng, parts = numpy_generator(seed, "topics"), []
+    for count in (per_class, n_test):
+        cells = [(d, t) for d in range(3) for t in range(5)]
+        texts = [s for d, t in cells for s in topic_sentences(d, t, count, rng)]
+        labels = np.repeat([t if same else (t + d) % 5 for d, t in cells], count)
+        parts.append((texts, labels.astype(np.int64), np.repeat([d for d, _ in cells], count)))
+    probes = [topic_sentences(i % 3, i // 3 % 5, 1, rng)[0] for i in range(n_probes)]
+    (train, labels, groups), (test, test_labels, test_groups) = parts
+    return TextSet("topics", [f"class {c}" for c in range(5)], train, labels, test, test_labels,
+                   groups, test_groups, probes)
+
+
+@dataclass
+class TinyBertConfig:
+    """Size and pre-training of the tiny BERT (about 20 s on one CPU core)."""
+    width: int = 64
+    layers: int = 4
+    heads: int = 4
+    sentences: int = 6000
+    steps: int = 400
+    batch: int = 64
+    lr: float = 2e-3
+    init: float = .1  # BERT's .02 is for widths near 1000: at 64, some seeds hardly learn
+
+
+def tiny_bert(seed, cache_dir, config=None, progress=lambda items, *_, **__: items):
+    """A small transformers.BertModel that has read sentences of the topics world -> model, encode.
+
+    No label and no sentence of the federation is used. Cached by what made it. encode: as
+    `text_encoder` returns it.
+    """
+    from transformers import BertConfig, BertModel  # slow to import; image runs do without
+
+    config = config or TinyBertConfig()
+    tokenizer = WordTokenizer(
+        [" ".join(w) for w in (*TOPIC_WORDS, *DOMAIN_WORDS, COMMON_WORDS)], TOPICS_WIDTH)
+    seed_torch(seed, "tiny-bert", "init")
+    model = BertModel(BertConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=config.width, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, intermediate_size=4 * config.width,
+        max_position_embeddings=TOPICS_WIDTH, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=config.init), add_pooling_layer=False)
+    key = cache_key(config, seed, tokenizer.ids, inspect.getsource(_pretrain_bert),
+                    inspect.getsource(topic_sentences))
+
+    def encode(texts):
+        ids = tokenizer(texts)
+        return ids, (ids > 0).long()
+
+    def make():
+        rng = numpy_generator(seed, "tiny-bert", "sentences")
+        each = config.sentences // 15
+        texts = [s for d in range(3) for t in range(5) for s in topic_sentences(d, t, each, rng)]
+        _pretrain_bert(model, *encode(texts), config, seed, progress)
+        return model.state_dict()
+
+    model.load_state_dict(cached(Path(cache_dir) / f"tiny-bert-{key}.pt", make,
+                                 "a cached tiny BERT"))
+    return model.eval(), encode
+
+
+def _pretrain_bert(model, ids, mask, config, seed, progress):
+    """Masked words (a quarter of each sentence), and [CLS] names the words of the sentence.
+
+    Without the second task nothing is asked of [CLS], and what it holds is an accident of the seed.
+    ids, mask: (N, T). Both answers are products with the word embeddings.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
+    generator = torch.Generator().manual_seed(seed_for(seed, "tiny-bert", "batches"))
+    start, end = int(ids[0, 0]), int(ids.max())
+    words = F.one_hot(ids, end + 1).sum(1).clamp(max=1).float()  # (N, vocabulary)
+    words[:, [0, start, end]] = 0
+    model.train()
+    for _ in progress(range(config.steps), "pre-training a tiny BERT"):
+        here = torch.randint(len(ids), (config.batch,), generator=generator)
+        x, m = ids[here], mask[here]
+        hidden = (torch.rand(x.shape, generator=generator) < .25) & (m > 0) & (x < start)
+        states = model(x.masked_fill(hidden, 1), m).last_hidden_state  # 1: the unknown word
+        table = model.embeddings.word_embeddings.weight
+        masked = F.cross_entropy(states[hidden] @ table.T, x[hidden])
+        said = (states[:, 0] @ table.T).log_softmax(-1)  # (B, vocabulary)
+        named = -((said * words[here]).sum(-1) / words[here].sum(-1)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        (masked + named).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def text_encoder(model, max_length, dropout, cache_dir):
+    """A BERT-type encoder and its tokenizer by directory or hub id -> model, encode.
+
+    encode(list of N texts) -> ids and mask, both (N, T) int64 with T <= max_length.
+    UserError: neither a directory nor a reachable hub id, or another kind of architecture.
+    """
+    from transformers import AutoModel, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options = {"cache_dir": str(cache_dir)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        encoder = AutoModel.from_pretrained(
+            model, dtype=torch.float32, hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout, **options)
+    except Exception as error:  # hub, network, file, safetensors and key errors
+        raise UserError(
+            f"cannot load --model {model} ({type(error).__name__}: {str(error)[:200]}). Without a "
+            "network, name a directory with config.json, model.safetensors and tokenizer files"
+        ) from None
+    blocks = getattr(getattr(encoder, "encoder", None), "layer", None)
+    if blocks is None or not hasattr(encoder, "embeddings") or \
+            not hasattr(getattr(getattr(blocks[0], "attention", None), "self", None), "query"):
+        raise UserError(f"--model {model} is a {type(encoder).__name__}; expected a BERT-type "
+                        "encoder (embeddings, encoder.layer with attention.self.query)")
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # only [CLS] itself is read
+    limit = min(max_length, encoder.config.max_position_embeddings)
+
+    def encode(texts):
+        out = tokenizer(list(texts), padding=True, truncation=True, max_length=limit,
+                        return_tensors="pt")
+        return out["input_ids"], out["attention_mask"]
+
+    return encoder.eval(), encode
 
 
 # ------------------------------------------------------------------------------------------------

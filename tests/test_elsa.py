@@ -1,0 +1,947 @@
+"""ELSA: formulas against independent oracles, split against unsplit, the command, bad input."""
+import copy
+import csv
+import io
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.optimize import linear_sum_assignment
+from transformers import BertConfig, BertModel, BertTokenizer
+from transformers.masking_utils import create_bidirectional_mask
+
+import common
+import data
+import elsa
+from tools import (
+    ROOT,
+    exit_code,
+    finish,
+    foreign_names,
+    paste,
+    result,
+    start,
+    torchrun,
+    wait_for_rows,
+)
+
+SCRIPT = "elsa.py"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+# ================================================================================================
+# Steps 2 to 6: fingerprints, trust, clusters, edges
+# ================================================================================================
+
+
+def test_fingerprint_is_the_mean_and_the_covariance_over_q():
+    states, basis = randn(9, 5), torch.linalg.qr(randn(5, 3, seed=1))[0]
+    mu, sigma = elsa.gaussian_fingerprint(states, basis, ridge=.05)
+    z = (states @ basis).numpy()
+    plain = np.cov(z, rowvar=False, ddof=0)  # divided by Q
+    np.testing.assert_allclose(mu, z.mean(0))
+    np.testing.assert_allclose(sigma, plain + .05 * np.trace(plain) / 3 * np.eye(3))
+
+
+def test_fingerprint_of_identical_states_is_still_invertible():
+    _, sigma = elsa.gaussian_fingerprint(torch.ones(4, 6), torch.eye(6)[:, :2])
+    assert torch.linalg.eigvalsh(sigma).min() > 0
+
+
+def gaussian(seed, k=4):
+    a = randn(k, k, seed=seed)
+    return randn(k, seed=seed + 50), a @ a.T + .3 * torch.eye(k)
+
+
+def test_symmetric_kl_equals_torch_distributions():
+    p, q = gaussian(1), gaussian(2)
+    first, second = (torch.distributions.MultivariateNormal(*g) for g in (p, q))
+    kl = torch.distributions.kl_divergence
+    expected = (kl(first, second) + kl(second, first)) / 2
+    torch.testing.assert_close(elsa.symmetric_kl(p, q), expected)
+    torch.testing.assert_close(elsa.symmetric_kl(q, p), expected)
+    assert elsa.symmetric_kl(p, p).abs() < 1e-10 and expected > 1
+
+
+def test_trust_is_agreement_with_the_confident_neighbours():
+    # Clients 0-2 are near each other, 3 is far. Two probes, three classes.
+    distance = torch.tensor([[0., 1, 1, 9], [1, 0, 1, 9], [1, 1, 0, 9], [9, 9, 9, 0]]).double()
+    sure, unsure = [.9, .05, .05], [.4, .3, .3]
+    p = torch.tensor([[sure, sure], [unsure, sure], [[.1, .1, .8], sure],
+                      [[0, 1., 0], [0, 1., 0]]])
+    trust = elsa.trust_scores(distance, p.double(), neighbours=2)
+    expected = []
+    for k in range(4):  # by hand
+        near = sorted((j for j in range(4) if j != k), key=lambda j: (distance[k, j], j))[:2]
+        hits = 0
+        for probe in range(2):
+            total = sum(p[j, probe].max() * p[j, probe] for j in near)
+            hits += int(total.argmax() == p[k, probe].argmax())
+        expected.append(hits / 2)
+    assert trust.tolist() == expected and expected[3] == 0 and max(expected) == 1
+    assert elsa.trust_scores(distance[:1, :1], p[:1].double()).shape == (1,)
+
+
+def agglomerate(distance, clusters):
+    """Average linkage by hand: merge the two groups with the least mean distance."""
+    groups = [[k] for k in range(len(distance))]
+    while len(groups) > clusters:
+        pairs = [(i, j) for i in range(len(groups)) for j in range(i)]
+        i, j = min(pairs, key=lambda ij: np.mean([distance[a, b] for a in groups[ij[0]]
+                                                  for b in groups[ij[1]]]))
+        groups[j] += groups.pop(i)
+    return {frozenset(g) for g in groups}
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 5, 9])
+def test_clusters_equal_average_linkage_by_hand(clusters):
+    points = randn(7, 2, seed=3)
+    distance = torch.cdist(points, points)
+    labels = elsa.cluster_clients(distance, clusters)
+    found = {frozenset(k for k in range(7) if labels[k] == c) for c in set(labels)}
+    assert found == agglomerate(distance.numpy(), min(clusters, 7))
+    assert elsa.cluster_clients(distance[:1, :1], clusters) == [0]
+
+
+def test_clusters_go_to_the_edges_with_the_least_total_latency():
+    latency = torch.tensor([[1., 5, 9], [1, 5, 9], [2, 1, 9], [2, 1, 9], [1, 2, 8]])
+    labels, distance = [0, 0, 1, 1, 2], torch.zeros(5, 5)
+    edges = elsa.assign_edges(labels, distance, latency)
+    assert edges == [0, 0, 1, 1, 2]  # cluster 2 would be quicker at 0, but that one is taken
+    many = elsa.assign_edges([0, 1, 2, 3, 4], distance, latency[:, :2])
+    assert sorted(many.count(e) for e in (0, 1)) == [2, 3]  # more clusters than edges
+
+
+def test_who_is_too_far_moves_by_behaviour_or_by_latency():
+    latency = torch.tensor([[1., 90, 90], [1, 90, 90], [50, 5, 2], [9, 1, 9], [9, 9, 1]])
+    distance = torch.full((5, 5), 10.).double()
+    distance[2, 3] = distance[3, 2] = 1.0  # client 2 behaves like edge 1's client
+    labels = [0, 0, 0, 1, 2]
+    assert elsa.assign_edges(labels, distance, latency)[2] == 0
+    assert elsa.assign_edges(labels, distance, latency, tau_max=20, lam=1.0)[2] == 1
+    assert elsa.assign_edges(labels, distance, latency, tau_max=20, lam=0.0)[2] == 2
+    assert elsa.assign_edges(labels, distance, latency, tau_max=1.5, lam=0.0)[2] == 0  # nowhere
+
+
+def test_capacity_moves_the_slowest():
+    latency = torch.tensor([[1., 3], [2, 3], [3, 3], [4, 3], [9, 1]])
+    edges = elsa.assign_edges([0, 0, 0, 0, 1], torch.ones(5, 5), latency, capacity=3)
+    assert edges == [0, 0, 0, 1, 1]
+
+
+def test_cuts_follow_memory_and_speed():
+    def cut(memory, deadline):
+        return elsa.choose_cut(6, 100, 10, memory, 1.0, deadline)
+    assert cut(1e9, 1e9) == (3, 4)  # five blocks on the client, one stays with the edge
+    assert cut(145, 1e9) == (2, 4)
+    assert cut(1e9, 2.9) == (1, 5)
+    assert cut(0, 0) == (1, 6)  # too small for one block: it gets one all the same
+
+
+def test_fedavg_is_the_weighted_mean():
+    states = [{"a": randn(2, 3, seed=s), "b": randn(4, seed=s + 9)} for s in range(3)]
+    found = elsa.fedavg(states, [1, 2, 5])
+    for name in "ab":
+        stacked = np.stack([s[name].numpy() for s in states])
+        np.testing.assert_allclose(found[name], np.average(stacked, axis=0, weights=[1, 2, 5]))
+    same = elsa.fedavg([states[0], states[0]], [3, 5])
+    torch.testing.assert_close(same, states[0])
+
+
+# ================================================================================================
+# Steps 8 and 9: rotation, sketch, rounding, bytes
+# ================================================================================================
+
+
+def rotation(width=12, rank=4, seed=0):
+    basis = torch.linalg.qr(randn(width, rank, seed=seed))[0]
+    return elsa.SubspaceRotation(basis, elsa.SubspaceRotation.random_turn(rank, generator(seed)))
+
+
+def test_w_is_orthogonal_turns_the_subspace_and_leaves_the_rest():
+    r = rotation()
+    basis, turn = r.basis.double(), r.turn.double()
+    w = r.rotate(torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(w, torch.eye(12) - basis @ basis.T + basis @ turn @ basis.T,
+                               check_dtype=False)
+    torch.testing.assert_close(w @ w.T, torch.eye(12).double(), atol=1e-6, rtol=0)
+    outside = torch.linalg.qr(basis, mode="complete")[0][:, 4:]
+    torch.testing.assert_close(r.rotate(outside.T), outside.T)
+    h = randn(3, 5, 12)
+    torch.testing.assert_close(r.unrotate(r.rotate(h)), h, atol=1e-6, rtol=0)
+    assert (r.rotate(h) - h).norm() > 1
+
+
+def test_random_turns_are_orthogonal_and_uniform():
+    turns = torch.stack([elsa.SubspaceRotation.random_turn(3, generator(s)) for s in range(800)])
+    torch.testing.assert_close(turns @ turns.mT, torch.eye(3).expand(800, 3, 3), atol=1e-5, rtol=0)
+    # Over the orthogonal group every entry has mean 0 and variance 1/3; without the signs of
+    # diag R the diagonal would have a mean far from 0.
+    assert turns.mean(0).abs().max() < 4 / math.sqrt(3 * 800)
+    torch.testing.assert_close(turns.var(0), torch.full((3, 3), 1 / 3), atol=.06, rtol=0)
+
+
+def sketch_by_loop(sketch, x):
+    k, w = sketch.rows, sketch.matrix.shape[1] // sketch.rows
+    y = [0.0] * (k * w)
+    for r in range(k):
+        for i, value in enumerate(x.tolist()):
+            y[int(sketch.bucket[r, i])] += float(sketch.sign[r, i]) * value
+    return y
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("recovery", ["median", "mean", "lsq"])
+def test_sketch_equals_loops_over_rows_and_coordinates(rows, recovery):
+    s = elsa.CountSketch(20, .8, rows, recovery, generator(1))
+    x = randn(20, seed=2)
+    y = s.encode(x)
+    assert len(y) == rows * int(.8 * 20 / rows)
+    torch.testing.assert_close(y.tolist(), sketch_by_loop(s, x))
+    found = s.decode(y)
+    if recovery == "lsq":  # the least-norm x̂ with that sketch
+        expected = np.linalg.lstsq(s.matrix.T.double().numpy(), y.numpy(), rcond=1e-6)[0]
+        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    else:
+        estimates = [[float(s.sign[r, i]) * float(y[s.bucket[r, i]]) for r in range(rows)]
+                     for i in range(20)]
+        by = np.median if recovery == "median" else np.mean
+        torch.testing.assert_close(found.tolist(), [float(by(e)) for e in estimates])
+
+
+def test_every_bucket_of_a_row_gets_its_share():
+    s = elsa.CountSketch(24, .5, 2, generator=generator())
+    counts = torch.stack([torch.bincount(b, minlength=12) for b in s.bucket])
+    assert counts[0, :6].tolist() == [4] * 6 and counts[1, 6:].tolist() == [4] * 6
+
+
+def test_sketch_is_linear():
+    s = elsa.CountSketch(30, .5, 3, generator=generator())
+    a, b = randn(2, 30), randn(2, 30, seed=1)
+    torch.testing.assert_close(s.encode(2 * a - b), 2 * s.encode(a) - s.encode(b))
+
+
+@pytest.mark.parametrize("rows, recovery", [(1, "median"), (2, "median"), (3, "mean")])
+def test_sketch_is_unbiased_with_the_known_variance(rows, recovery):
+    x, g, found = randn(16, seed=5), generator(3), []
+    for _ in range(3000):
+        s = elsa.CountSketch(16, .5, rows, recovery, g)
+        found.append(s.decode(s.encode(x)))
+    found = torch.stack(found)
+    error = found.std(0) / math.sqrt(len(found))
+    assert ((found.mean(0) - x).abs() < 4.5 * error + 1e-9).all()
+    if rows == 1:
+        relative = ((found - x) ** 2).sum(1).mean() / (x ** 2).sum()
+        assert relative.item() == pytest.approx(16 / 8 - 1, rel=.05)  # D / w - 1
+
+
+@pytest.mark.parametrize("recovery", ["median", "mean", "lsq"])
+def test_sketch_with_one_row_and_no_compression_loses_nothing(recovery):
+    s, x = elsa.CountSketch(18, 1.0, 1, recovery, generator()), randn(4, 18)
+    torch.testing.assert_close(s.decode(s.encode(x)), x, atol=1e-6, rtol=0)
+
+
+def test_dense_states_break_the_median_and_lsq_never_exceeds_zeros():
+    """The reason for DEVIATION 1: relative error of standard normal vectors at ρ = 1/2."""
+    x = randn(200, 96, dtype=torch.float32)
+    error = {r: ((s.decode(s.encode(x)) - x).norm() / x.norm()).item() for r in ("median", "lsq")
+             for s in [elsa.CountSketch(96, .5, 3, r, generator())]}
+    assert error["median"] > 1.2 and .6 < error["lsq"] < .8
+
+
+def test_projection_keeps_its_subspace_and_drops_the_rest():
+    x = randn(50, 3) @ randn(3, 10, seed=1)  # rank 3
+    p = elsa.Projection(elsa.principal_directions(x, 3))
+    assert p.encode(x).shape == (50, 3)
+    torch.testing.assert_close(p.decode(p.encode(x)), x)
+    full = np.linalg.svd(x.numpy())[2][:2]
+    less = elsa.Projection(elsa.principal_directions(x, 2))
+    np.testing.assert_allclose(less.decode(less.encode(x)), x.numpy() @ full.T @ full, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding_is_unbiased_within_a_step_and_has_the_levels(bits):
+    torch.manual_seed(0)
+    x = randn(1, 40)
+    found = torch.cat([elsa.quantise(x, bits) for _ in range(4000)])
+    step = x.abs().max() / (2 ** (bits - 1) - 1)
+    assert (found - x).abs().max() <= step * 1.0001
+    assert len(found.unique()) <= 2 ** bits - 1
+    levels = found / step
+    torch.testing.assert_close(levels, levels.round(), atol=1e-6, rtol=0)
+    assert (found.mean(0) - x[0]).abs().max() < 5 * step / math.sqrt(4 * 4000)
+    assert torch.equal(elsa.quantise(torch.zeros(2, 3), bits), torch.zeros(2, 3))
+
+
+def test_adapter_updates_go_through_the_channel_alone():
+    start = {"a": randn(3, 4), "b": randn(5, seed=1)}
+    end = {n: t + randn(*t.shape, seed=2) for n, t in start.items()}
+    same, size = elsa.send_update(start, end, elsa.Codec(), 6)
+    torch.testing.assert_close(same, end)
+    assert size == 4 * 18  # 17 numbers in vectors of 6
+    s = elsa.CountSketch(6, 1.0, 1, "median", generator())
+    exact, size = elsa.send_update(start, end, elsa.Codec(s), 6)
+    torch.testing.assert_close(exact, end, atol=1e-6, rtol=0)
+    lossy, size = elsa.send_update(start, end, elsa.Codec(bits=8), 6)
+    assert size == 18 + 4 * 3 and list(lossy) == list(start)
+    assert 0 < (lossy["a"] - end["a"]).abs().max() < .1
+
+
+def make_codecs(**flags):
+    base = {"channel": "sketch", "ratio": .5, "sketch_rows": 1, "recovery": "lsq", "bits": 32,
+            "sketch": "activations", "seed": 0}
+    directions = {n: torch.linalg.qr(randn(24, 24, seed=i, dtype=torch.float32))[0]
+                  for i, n in enumerate(elsa.EXCHANGES)}
+    return elsa.make_codecs(SimpleNamespace(**{**base, **flags}), {"directions": directions}, 24,
+                            "cpu")
+
+
+B, T, D = 5, 7, 24
+
+
+@pytest.mark.parametrize("flags, vector", [
+    ({"channel": "none"}, 4 * D), ({}, 4 * D * .5), ({"ratio": .25, "sketch_rows": 3}, 4 * 6),
+    ({"channel": "lowrank", "ratio": .25}, 4 * D * .25), ({"bits": 8}, D * .5 + 4),
+    ({"channel": "quant", "bits": 8}, D + 4), ({"channel": "quant", "bits": 4}, D / 2 + 4),
+    ({"channel": "quant", "bits": 2}, D / 4 + 4), ({"sketch": "adapters"}, 4 * D)])
+@pytest.mark.parametrize("mode", ["none", "link", "edge"])
+def test_bytes_equal_the_formula_for_every_exchange(flags, vector, mode):
+    """4 · B · T · D · 4 bytes · ρ a step: states and gradients, up and down."""
+    codecs, _ = make_codecs(**flags)
+    turn = None if mode == "none" else rotation(D, 4)
+    link = elsa.Link(codecs, turn, mode)
+    x = randn(B, T, D, dtype=torch.float32).requires_grad_()
+    link.to_client(2 * link.to_edge(x)).sum().backward()
+    assert link.sent == dict.fromkeys(elsa.EXCHANGES, B * T * vector)
+
+
+@pytest.mark.parametrize("mode", ["link", "edge"])
+def test_gradients_through_a_rotated_link_are_the_chain_rule(mode):
+    turn, middle = rotation(D, 6), randn(D, D, seed=4)
+    w = turn.rotate(torch.eye(D, dtype=torch.float64))
+    link, x = elsa.Link({}, turn, mode), randn(B, T, D).requires_grad_()
+    y = link.to_client(link.to_edge(x) @ middle)
+    inner = w @ middle @ w.T if mode == "edge" else w @ w.T @ middle @ w @ w.T
+    torch.testing.assert_close(y, x @ inner)
+    weight = randn(B, T, D, seed=7)
+    (y * weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight @ inner.T)
+    if mode == "link":
+        torch.testing.assert_close(y, x @ middle, atol=1e-5, rtol=1e-5)  # nothing is lost
+
+
+def test_each_exchange_has_its_own_codec_and_gradients_are_coded_once():
+    codecs, _ = make_codecs(channel="lowrank", ratio=.25)
+    link = elsa.Link(codecs)
+    x, weight = randn(B, T, D).requires_grad_(), randn(B, T, D, seed=3)
+    y = link.to_client(link.to_edge(x))
+
+    def project(t, name):
+        u = codecs[name].reduce.basis.double()
+        return t @ u @ u.T
+    torch.testing.assert_close(y, project(project(x, "activations up"), "activations down"))
+    (y * weight).sum().backward()
+    torch.testing.assert_close(x.grad, project(project(weight, "gradients up"), "gradients down"))
+
+
+def test_procrustes_finds_the_rotation_and_stays_near_the_identity_without_evidence():
+    w = torch.linalg.qr(randn(8, 8))[0]
+    known = randn(40, 8, seed=1)
+    torch.testing.assert_close(elsa.procrustes(known, known @ w, prior=1e-9), w)
+    few = elsa.procrustes(known[:2], known[:2])
+    torch.testing.assert_close(few, torch.eye(8).double(), atol=1e-6, rtol=0)
+
+
+def test_inverter_reads_words_that_are_linear_in_the_states():
+    table, mix = randn(30, 6), randn(6, 10, seed=1)
+    words = torch.randint(30, (200,), generator=generator())
+    states = table[words] @ mix + .3
+    inverter = elsa.fit_inverter(states, table[words], ridge=1e-9)
+    assert torch.equal(elsa.invert(states, inverter, table)[:, 0], words)
+    shuffled = elsa.invert(states[:, torch.randperm(10, generator=generator())], inverter, table)
+    assert (shuffled[:, 0] == words).float().mean() < .5
+
+
+# ================================================================================================
+# Step 7: split = unsplit
+# ================================================================================================
+
+
+def bert(dtype=torch.float32, dropout=0.0, layers=4, lora=True):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=D, num_hidden_layers=layers,
+                        num_attention_heads=4, intermediate_size=48, max_position_embeddings=16,
+                        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    encoder = BertModel(config, add_pooling_layer=False)
+    if lora:
+        encoder = peft.inject_adapter_in_model(
+            peft.LoraConfig(r=3, lora_alpha=6, target_modules=["query", "value"]), encoder)
+        for name, p in encoder.named_parameters():
+            if "lora_B" in name:  # zero at first: let it matter
+                nn.init.normal_(p, std=.1)
+    model = elsa.SplitEncoder(encoder, 3, dropout)
+    return model.requires_grad_(True).to(dtype)
+
+
+def texts(padding):
+    ids = torch.randint(1, 50, (6, 11), generator=generator(1))
+    mask = torch.ones_like(ids)
+    if padding:
+        for row, length in enumerate((11, 4, 7, 2, 11, 9)):
+            mask[row, length:], ids[row, length:] = 0, 0
+    return ids, mask, torch.randint(3, (6,), generator=generator(2))
+
+
+def gradients(model, logits, labels):
+    model.zero_grad()
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    return [loss.detach(), logits.detach(), *(p.grad.clone() for p in model.parameters()
+                                              if p.grad is not None)]
+
+
+def unsplit(model, ids, mask):
+    """The encoder as its library calls it, then the head."""
+    states = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return model.head(model.dropout(states[:, 0]))
+
+
+CUTS = [(p, q) for p in range(5) for q in range(p, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, .2])
+def test_split_equals_unsplit_bit_for_bit(dtype, padding, dropout):
+    """Loss, logits and the gradient of every tensor, at every cut; with dropout from equal
+    generators."""
+    model, (ids, mask, labels) = bert(dtype, dropout).train(), texts(padding)
+    torch.manual_seed(5)
+    whole = gradients(model, unsplit(model, ids, mask), labels)
+    assert len(whole) > 60
+    for cut in CUTS:
+        torch.manual_seed(5)
+        split = gradients(model, model(ids, mask, cut, elsa.Link()), labels)
+        assert all(torch.equal(a, b) for a, b in zip(whole, split, strict=True)), cut
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_three_machines_that_exchange_tensors_get_the_same_gradients(cut):
+    """Parts with graphs of their own: only states and their gradients cross, by value."""
+    model, (ids, mask, labels) = bert().train(), texts(True)
+    whole = gradients(model, unsplit(model, ids, mask), labels)
+    model.zero_grad()
+    p, q = cut
+    first, bias = model.part1(ids, mask, p)  # client
+    up = first.detach().clone().requires_grad_()
+    second = model.blocks(up, bias, p, q)  # edge
+    down = second.detach().clone().requires_grad_()
+    logits = model.part3(down, bias, q)  # client again
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    if p < q:
+        second.backward(down.grad.clone())
+        first.backward(up.grad.clone())
+    else:
+        first.backward(down.grad.clone())
+    found = [loss.detach(), logits.detach(), *(t.grad for t in model.parameters()
+                                               if t.grad is not None)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+
+
+def test_link_mode_is_lossless_and_edge_mode_is_not():
+    model, (ids, mask, _) = bert(torch.float64).eval(), texts(True)
+    plain = model(ids, mask, (1, 3))
+    turn = rotation(D, 8)
+    link = model(ids, mask, (1, 3), elsa.Link({}, turn, "link"))
+    edge = model(ids, mask, (1, 3), elsa.Link({}, turn, "edge"))
+    torch.testing.assert_close(link, plain, atol=1e-5, rtol=0)
+    assert (edge - plain).abs().max() > 1e-3
+
+
+def test_method_section_pastes_with_torch_and_named_libraries():
+    pasted = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math, np=np, linkage=linkage,
+                   fcluster=fcluster, linear_sum_assignment=linear_sum_assignment,
+                   create_bidirectional_mask=create_bidirectional_mask)
+    torch.testing.assert_close(pasted["symmetric_kl"](gaussian(1), gaussian(2)),
+                               elsa.symmetric_kl(gaussian(1), gaussian(2)))
+    assert "common" in foreign_names("def f():\n    return common.seed_for(0)\n", set())
+
+
+# ================================================================================================
+# Data
+# ================================================================================================
+
+TREC_LINES = "DESC:manner How did serfdom develop ?\nLOC:city Where is M\xfcnchen ?\n" \
+             "NUM:dist How far is it ?\n"
+
+
+def write_trec(root, train=TREC_LINES * 8):
+    (root / "trec").mkdir(parents=True)
+    for name, text in (("train_5500.label", train), ("TREC_10.label", TREC_LINES)):
+        (root / "trec" / name).write_bytes(text.encode("latin-1"))
+
+
+def test_trec_is_read_as_latin_1_with_coarse_labels(tmp_path):
+    write_trec(tmp_path)
+    found = data.load_texts("trec", tmp_path)
+    assert found.test == ["How did serfdom develop ?", "Where is München ?", "How far is it ?"]
+    assert [found.class_names[c] for c in found.test_labels] == ["DESC", "LOC", "NUM"]
+    assert len(found.train) == 24 and found.probes == []
+
+
+def test_ag_news_joins_title_and_description(tmp_path):
+    root = tmp_path / "ag-news" / "ag_news_csv"
+    root.mkdir(parents=True)
+    rows = '"3","Wall St. Bears","Short-sellers, ""seeing"" green."\n"1","A","B"\n'
+    for name in ("train", "test"):
+        (root / f"{name}.csv").write_text(rows)
+    found = data.load_texts("ag-news", tmp_path)
+    assert found.train == ['Wall St. Bears Short-sellers, "seeing" green.', "A B"]
+    assert found.train_labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("header", ["", "sentence\tlabel\n"])
+def test_sst2_with_and_without_header(tmp_path, header):
+    (tmp_path / "sst2").mkdir()
+    for name in ("train", "dev"):
+        (tmp_path / "sst2" / f"{name}.tsv").write_text(header + "a fine film\t1\ndull\t0\n")
+    found = data.load_texts("sst2", tmp_path)
+    assert found.train == ["a fine film", "dull"] and found.test_labels.tolist() == [1, 0]
+
+
+def test_csv_holds_out_a_fifth_of_every_class(tmp_path):
+    path = tmp_path / "mine.csv"
+    rows = [[c, f"{c}, number {i}"] for i in range(10) for c in ("spam", "ham")] + [["egg", "one"],
+                                                                                    ["egg", "two"]]
+    with open(path, "w", newline="") as handle:
+        csv.writer(handle).writerows(rows)
+    found = data.load_texts(f"csv:{path}", tmp_path)
+    assert found.class_names == ["egg", "ham", "spam"]
+    assert np.bincount(found.train_labels).tolist() == [1, 8, 8]
+    assert np.bincount(found.test_labels).tolist() == [1, 2, 2]
+    assert not set(found.train) & set(found.test)
+
+
+def test_downloads_unpack_and_missing_ones_say_what_to_put_where(tmp_path, monkeypatch):
+    def fetch(url, path):
+        if url.endswith("SST-2.zip"):
+            with zipfile.ZipFile(path, "w") as content:
+                for name in ("train.tsv", "dev.tsv"):
+                    content.writestr(f"SST-2/{name}", "sentence\tlabel\ngood\t1\nbad\t0\n")
+                content.writestr("../outside", "x")
+        elif url.endswith(".tgz"):
+            with tarfile.open(path, "w:gz") as tar:
+                for name in ("train.csv", "test.csv"):
+                    raw = b'"1","a","b"\n"2","c","d"\n'
+                    info = tarfile.TarInfo(f"ag_news_csv/{name}")
+                    info.size = len(raw)
+                    tar.addfile(info, io.BytesIO(raw))
+        else:
+            raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    assert data.load_texts("sst2", tmp_path).train == ["good", "bad"]
+    assert not (tmp_path.parent / "outside").exists() and not (tmp_path / "outside").exists()
+    assert data.load_texts("ag-news", tmp_path).test == ["a b", "c d"]
+    with pytest.raises(common.UserError, match=r"train_5500.label and TREC_10.label into .*trec"):
+        data.load_texts("trec", tmp_path)
+    with pytest.raises(common.UserError, match="there are trec"):
+        data.load_texts("imdb", tmp_path)
+
+
+@pytest.mark.parametrize("name, file, text, words", [
+    ("trec", "train_5500.label", "no label here\n", "line 1"),
+    ("trec", "train_5500.label", "", "0 texts"),
+    ("sst2", "train.tsv", "fine\t1\nodd line\n", "line 2")])
+def test_damaged_text_files_are_named(tmp_path, name, file, text, words):
+    (tmp_path / name).mkdir()
+    for other in data.TEXT_FILES[name][1]:
+        (tmp_path / name / other).write_text("DESC:x a ?\n" if name == "trec" else "a\t1\n")
+    (tmp_path / name / file).write_text(text)
+    with pytest.raises(common.UserError, match=words) as error:
+        data.load_texts(name, tmp_path)
+    assert file in str(error.value)
+
+
+def test_topics_contradict_each_other_between_domains_only_where_they_should():
+    hard, easy = data.topics(3), data.topics(3, same=True)
+    assert hard.train == easy.train and len(hard.train) == 2400 and len(set(hard.probes)) > 80
+    topic = {w: t for t, words in enumerate(data.TOPIC_WORDS) for w in words}
+    domain = {w: d for d, words in enumerate(data.DOMAIN_WORDS) for w in words}
+    for found, shift in ((hard, 1), (easy, 0)):
+        for text, label, group in list(zip(found.train, found.train_labels, found.train_groups,
+                                           strict=True))[::50]:
+            said = [topic[w] for w in text.split() if w in topic]
+            assert len(said) == 3 and len(set(said)) == 1
+            assert {domain[w] for w in text.split() if w in domain} == {group}
+            assert label == (said[0] + shift * group) % 5
+    assert not set(hard.test) & set(hard.probes)
+    assert data.topics(4).train != hard.train
+
+
+def test_tiny_bert_learns_words_and_is_cached(tmp_path):
+    config = data.TinyBertConfig(width=16, layers=1, heads=2, sentences=300, steps=40)
+    model, encode = data.tiny_bert(0, tmp_path, config)
+    again, _ = data.tiny_bert(0, tmp_path, config)
+    assert len(list(tmp_path.glob("tiny-bert-*.pt"))) == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(),
+                                                 strict=True))
+    ids, mask = encode(["the storm", "old ship and rain"])
+    assert mask.sum(1).tolist() == [4, 6] and (ids[:, 0] == ids[0, 0]).all()
+
+
+def test_small_world_shows_domains_and_liars(tmp_path):
+    """The conditions of the small world: [CLS] holds topic and domain, the fingerprints group by
+    domain, and who lies about labels is told from who does not."""
+    args = elsa.resolve(elsa.build_parser().parse_args(
+        ["--seed", "5", "--data-dir", str(tmp_path), "--out-dir", str(tmp_path / "out")]))
+    with common.Run(args, "small") as run:
+        world = elsa.build_federation(args, run)
+        setup = elsa.set_up(world, run)
+    _, labels, yielded = elsa.place_clients(world, "elsa", setup)
+    assert not yielded and sorted(world.poisoned.values()) == ["label-flip"] * 2 + ["random"]
+    assert {k for k in range(12) if labels[k] is None} == set(world.poisoned)
+    pairs = {(world.domain[k], labels[k]) for k in world.honest}
+    assert len(pairs) == 3 and len({c for _, c in pairs}) == 3
+    assert min(setup["trust"][k] for k in world.honest) > \
+        max(setup["trust"][k] for k in world.poisoned)
+
+
+# ================================================================================================
+# The command
+# ================================================================================================
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A csv of four classes and a random 3-block BERT with its tokenizer, as directories."""
+    root = tmp_path_factory.mktemp("elsa")
+    words = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "lmn"]  # 15 of each class
+    rng = np.random.default_rng(0)
+    with open(root / "texts.csv", "w", newline="") as handle:
+        for i in range(160):
+            mine = rng.choice(15, 4) + 15 * (i % 4)
+            csv.writer(handle).writerow([f"kind {i % 4}", " ".join(words[j] for j in mine)])
+    (root / "model").mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (root / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizer(str(root / "vocab.txt")).save_pretrained(root / "model")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=3,
+                         num_attention_heads=2, intermediate_size=32, max_position_embeddings=16)
+              ).save_pretrained(root / "model")
+    return root
+
+
+def arguments(small, *more):
+    """A run that takes about a second: four classes, five clients, two edges."""
+    given = {"--dataset": f"csv:{small / 'texts.csv'}", "--model": small / "model", "--clients": 5,
+             "--edges": 2, "--alpha": 3, "--batch": 8, "--rounds": 2, "--num-probes": 16,
+             "--fingerprint-rank": 4, "--warmup-steps": 3, "--ssop-rank": 4, "--threads": 1,
+             "--lr": .01, "--data-dir": small / "data"}
+    more = [str(w) for w in more]
+    for key in list(given):
+        if key in more:
+            del given[key]
+    return [*(str(w) for pair in given.items() for w in pair), *more]
+
+
+def trained(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+    return [t for m in state["trained"].values() for e in [*m["edges"], m["cloud"]]
+            for t in e.values()]
+
+
+def assert_equal_runs(first, second):
+    """The same result and, bit for bit, the same adapters."""
+    assert result(first) == result(second)
+    a, b = trained(first), trained(second)
+    assert len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+LONG = ["--rounds", 12, "--method", "fedavg,elsa"]
+
+
+@pytest.fixture(scope="module")
+def reference(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    out, err = finish(start(SCRIPT, arguments(small, *LONG, "--attack", "--curve", "--out-dir",
+                                              folder)))
+    return folder, out, err
+
+
+def test_run_leaves_its_files_and_a_result_line(reference):
+    folder, out, err = reference
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "log.jsonl", "checkpoint.pt", "result.json", "figure.png", "elsa.py"}
+    assert err == "" and re.fullmatch(r"RESULT( \w+=\S+)+", out.strip().splitlines()[-1])
+    found = result(folder)
+    assert [h["round"] for h in found["results"]["elsa"]["history"]] == list(range(1, 13))
+    for table in ("words recovered", "read through a channel", "seconds of a round", "by edge"):
+        assert table in out
+    curve = {r[0]: r[1:] for r in found["curve"]}
+    assert curve["none"][:2] == [1.0, 0.0] and curve["quant, 8 bits"][0] == 1 / 4 + 4 / 64
+    assert 0 < curve["quant, 8 bits"][1] < .02 < curve["quant, 2 bits"][1]
+
+
+def test_bytes_of_a_run_are_those_of_its_texts(small, tmp_path):
+    """Each link by the formula, from lengths counted here."""
+    words = arguments(small, "--method", "elsa", "--channel", "none", "--rounds", 1, "--no-trust",
+                      "--out-dir", tmp_path / "out")
+    elsa.main(words)
+    whole = result(tmp_path / "out")
+    found = whole["results"]["elsa"]["bytes"]
+    assert whole["once"] == {"probe states up": 5 * 16 * 16 * 4,
+                             "probe predictions up": 5 * 16 * 4 * 4,
+                             "rotations up": 5 * (16 * 4 + 4 * 4) * 4}
+    args = elsa.resolve(elsa.build_parser().parse_args(words))
+    args.out_dir = tmp_path / "other"
+    with common.Run(args, "x") as run:
+        world = elsa.build_federation(args, run)
+    tokens = 0
+    for k in range(5):
+        for here in world.batches(k, "round", 0):
+            longest = max(len(world.texts.train[i].split()) + 2 for i in here)
+            tokens += len(here) * longest
+    assert {n: found[n] for n in elsa.EXCHANGES} == dict.fromkeys(elsa.EXCHANGES, tokens * 16 * 4)
+    adapters = 3 * 2 * 2 * 8 * 16 + 4 * 16 + 4  # blocks, q and v, A and B, rank, width; head
+    assert found["adapters up"] == found["adapters down"] == 5 * adapters * 4
+    assert found["edge-cloud"] == 2 * 2 * adapters * 4
+    elsa.main([*words[:-1], str(tmp_path / "b"), "--sketch", "both", "--channel", "quant"])
+    coded = result(tmp_path / "b")["results"]["elsa"]["bytes"]
+    assert coded["gradients up"] == tokens * (16 + 4)
+    assert coded["adapters up"] == 5 * math.ceil(adapters / 16) * (16 + 4)
+
+
+def test_same_command_gives_the_same_numbers_and_another_seed_others(small, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert exit_code(elsa.main, arguments(small, "--channel", "quant", "--dropout", .1,
+                                              "--seed", seed, "--out-dir", tmp_path / name)) == 0
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    assert result(tmp_path / "a")["distance"] != result(tmp_path / "c")["distance"]
+
+
+def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(small, reference, tmp_path):
+    folder = tmp_path / "out"
+    words = arguments(small, *LONG, "--attack", "--curve", "--out-dir", folder)
+    for rows in (5, 16):  # in FedAvg, then in ELSA
+        process = start(SCRIPT, [*words, "--resume"] if folder.exists() else words)
+        wait_for_rows(folder, rows, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (folder / "result.json").exists()
+    finish(start(SCRIPT, [*words, "--resume"]))
+    assert_equal_runs(folder, reference[0])
+
+
+def test_ctrl_c_says_how_to_go_on(small, tmp_path):
+    folder = tmp_path / "out"
+    process = start(SCRIPT, arguments(small, "--rounds", 400, "--out-dir", folder))
+    wait_for_rows(folder, 2, process)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert len(err.strip().splitlines()) == 1 and "--resume" in err and str(folder) in err
+
+
+def test_two_processes_give_the_numbers_of_one(small, tmp_path):
+    words = arguments(small, "--method", "elsa,local", "--channel", "quant", "--split", "auto")
+    assert exit_code(elsa.main, [*words, "--out-dir", tmp_path / "one"]) == 0
+    out, _ = start(SCRIPT, [*words, "--out-dir", tmp_path / "two"],
+                   launcher=torchrun(offset=5)).communicate(timeout=300)
+    assert out.count("RESULT") == 1
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
+
+
+def test_all_methods_run_and_differ(small, tmp_path, capsys):
+    elsa.main(arguments(small, "--method", "all", "--out-dir", tmp_path / "out"))
+    found = result(tmp_path / "out")["results"]
+    assert list(found) == elsa.METHODS
+    assert found["fedavg"]["bytes"]["activations up"] == 0 < found["elsa"]["bytes"]["gradients up"]
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["state"]["trained"]
+    heads = {tuple(m["cloud"]["head.bias"].tolist()) for m in state.values()}
+    assert len(heads) == len(elsa.METHODS)
+    table = capsys.readouterr().out
+    assert all(label in table for label in elsa.LABELS.values())
+
+
+PLAIN = ["--channel", "none", "--ssop", "none"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--ssop", "edge"], ["--no-trust", "--no-cluster"], ["--channel", "lowrank"],
+    ["--channel", "sketch", "--recovery", "lsq"], ["--sketch", "both"],
+    ["--poison", "label-flip:1,random:1"], ["--split", "0,3"], ["--cloud-mix", "0"],
+    ["--local-epochs", "2"]], ids=" ".join)
+def test_options_change_the_run(small, tmp_path, flags, plain_heads):
+    elsa.main(arguments(small, "--out-dir", tmp_path / "a", *PLAIN, *flags))  # the last one counts
+    a = trained(tmp_path / "a")
+    if flags == ["--split", "0,3"] or flags == ["--sketch", "both"]:
+        # Without a lossy channel a cut changes what crosses, not what is computed.
+        assert all(torch.equal(x, y) for x, y in zip(a, plain_heads, strict=True))
+    else:
+        assert len(a) != len(plain_heads) or any(
+            not torch.equal(x, y) for x, y in zip(a, plain_heads, strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain_heads(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    elsa.main(arguments(small, "--out-dir", folder, *PLAIN))
+    return trained(folder)
+
+
+def test_flat_split_training_without_channel_is_fedavg(small, tmp_path):
+    """A whole federation, not a step: the same adapters bit for bit."""
+    elsa.main(arguments(small, "--method", "fedavg,split-flat", "--channel", "none", "--ssop",
+                        "none", "--dropout", .1, "--out-dir", tmp_path / "out"))
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["state"]["trained"]
+    a, b = state["fedavg"]["cloud"], state["split-flat"]["cloud"]
+    assert len(a) > 10 and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ------------------------------------------------------------------------------------------------
+# Fallbacks and bad input
+# ------------------------------------------------------------------------------------------------
+
+
+def test_nobody_trusted_means_all_take_part_and_the_report_says_so(small, tmp_path, capsys):
+    elsa.main(arguments(small, "--trust-factor", 9, "--rounds", 1, "--out-dir", tmp_path / "out"))
+    assert "the filter was left out" in capsys.readouterr().out
+    assert sum(len(g) for g in result(tmp_path / "out")["groups"].values()) == 5
+
+
+def test_fewer_clients_than_edges_leaves_edges_out(small, tmp_path):
+    elsa.main(arguments(small, "--clients", 2, "--edges", 4, "--rounds", 1, "--no-trust",
+                        "--out-dir", tmp_path / "out"))
+    assert sorted(k for g in result(tmp_path / "out")["groups"].values() for k in g) == [0, 1]
+
+
+def test_one_client_is_a_federation_too(small, tmp_path):
+    elsa.main(arguments(small, "--clients", 1, "--edges", 1, "--rounds", 1, "--out-dir",
+                        tmp_path / "out"))
+    assert list(result(tmp_path / "out")["groups"].values()) == [[0]]
+
+
+BAD = [
+    (["--dataset", "imdb"], "unknown"), (["--dataset", "csv:/nowhere.csv"], "no such file"),
+    (["--dataset", "trec"], "train_5500.label"), (["--model", "/nowhere/at/all"], "/nowhere"),
+    (["--model", "tiny"], "topics"), (["--method", "fedsgd"], "split-flat"),
+    (["--poison", "flip:2"], "label-flip:N"), (["--poison", "random:5"], "no honest"),
+    (["--split", "2,1"], "0 <= P <= Q <= 3"), (["--split", "half"], "P,Q or auto"),
+    (["--ssop-rank", "17"], "16 dimensions"), (["--ratio", "0.01"], "no bucket"),
+    (["--channel", "lowrank", "--sketch", "both"], "lowrank"), (["--probes", "/no.txt"], "/no.txt"),
+    (["--lr", "1e30"], "not finite"), (["--device", "toaster"], "toaster"),
+    (["--resume"], "no run"),
+]
+BAD_FLAGS = [["--rounds", "0"], ["--alpha", "-1"], ["--ratio", "2"], ["--bits", "3"],
+             ["--seed", "x"], ["--nonsense"], ["--ssop", "all"], ["--lr", "nan"],
+             ["--edge-lambda", "2"]]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=lambda v: " ".join(v)
+                         if isinstance(v, list) else v)
+def test_bad_input_is_one_line(small, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+
+    def no_network(*_):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    out = [] if "--resume" in flags else ["--out-dir", "out"]
+    code = exit_code(elsa.main, arguments(small, *out, *flags))
+    assert code == (3 if "finite" in words else 2)
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    assert not Path("out/result.json").exists()
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS, ids=" ".join)
+def test_bad_flag_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        elsa.main(flags)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and flags[0] in err
+
+
+@pytest.mark.parametrize("content, words", [
+    ("one line\n", "1;"), ("", "0;"), ("\n\n", "0;")])
+def test_too_few_probes_are_refused(small, tmp_path, capsys, content, words):
+    (tmp_path / "probes.txt").write_text(content)
+    code = exit_code(elsa.main, arguments(small, "--probes", tmp_path / "probes.txt", "--out-dir",
+                                          tmp_path / "out"))
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and len(err.splitlines()) == 1 and f"lines with text: {words}" in err
+    good = tmp_path / "good.txt"
+    good.write_text("\n".join(f"bal del {w}" for w in ("fil", "gom", "bun", "dam", "fel")))
+    elsa.main(arguments(small, "--probes", good, "--rounds", 1, "--out-dir", tmp_path / "good"))
+    assert len(result(tmp_path / "good")["trust"]) == 5
+
+
+def test_another_architecture_is_refused(small, tmp_path, capsys):
+    from transformers import GPT2Config, GPT2Model
+    folder = tmp_path / "gpt"
+    shutil.copytree(small / "model", folder)
+    GPT2Model(GPT2Config(vocab_size=70, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+    code = exit_code(elsa.main, arguments(small, "--model", folder, "--out-dir", tmp_path / "out"))
+    assert code == 2 and "GPT2Model" in capsys.readouterr().err
+
+
+def test_results_are_not_overwritten(reference, small, capsys):
+    folder = reference[0]
+    before = (folder / "result.json").read_bytes()
+    assert exit_code(elsa.main, arguments(small, *LONG, "--out-dir", folder)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert exit_code(elsa.main, arguments(small, *LONG, "--attack", "--curve", "--out-dir", folder,
+                                          "--resume", "--alpha", 2)) == 2
+    assert "alpha=2.0" in capsys.readouterr().err
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_help_is_the_header_and_every_flag_has_a_text():
+    out, _ = finish(start(SCRIPT, ["-h"]))
+    for words in ("The idea", "Paper map", "DEVIATION 1", "UNSPECIFIED 9", "--trust-factor"):
+        assert words in out
+    assert all(a.help for a in elsa.build_parser()._actions)
+
+
+def test_step_benchmark_runs():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "elsa_step.py", "--quick"],
+                          capture_output=True, text=True, timeout=120, check=True)
+    line = dict(p.split("=") for p in done.stdout.strip().splitlines()[-1].split()[1:])
+    assert float(line["split_ratio"]) > 0 and float(line["sketch_ratio"]) > 0
+
+
+def test_models_of_one_state_are_independent(small):
+    """Loading adapters copies: training one client does not change another's start."""
+    model = bert()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name or name.startswith("head."))
+    start_state = elsa.adapters(model)
+    kept = copy.deepcopy(start_state)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert all(torch.equal(start_state[n], kept[n]) for n in kept)
+    elsa.load_adapters(model, start_state)
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters() if p.requires_grad)
