@@ -15,6 +15,13 @@ test: $(ENV)/.ready
 bench: $(ENV)/.ready
 	$(PY) benchmarks/fedpurel_round.py
 	$(PY) benchmarks/fedpurel_claims.py
+	$(PY) benchmarks/copsl_speed.py
+	$(PY) benchmarks/copsl_claims.py
+	$(PY) benchmarks/coaction_claims.py
+	$(PY) benchmarks/pro_vpt_epoch.py
+	$(PY) benchmarks/pro_vpt_claims.py
+	$(PY) benchmarks/elsa_step.py
+	$(PY) benchmarks/elsa_claims.py
 
 lint: $(ENV)/.ready
 	$(ENV)/bin/ruff check .
