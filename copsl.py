@@ -332,6 +332,7 @@ def evaluate(world, net):
     whose nadirs differ from the suite's for some problems.
     """
     f = world.values(net(world.test.expand(len(world.seeds), -1, -1)))  # (S, K, N, m)
+    common.check_finite(f, "an objective of the learned fronts")
     corner = [1.1] * world.n_obj
 
     def volume(points, low, high):
