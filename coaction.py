@@ -542,7 +542,7 @@ def resolve(args):
     if args.problems is None:
         args.suite = args.suite or "f"
         args.problems = SUITES[args.suite]
-    args.problems = list(dict.fromkeys(args.problems))
+    args.problems = list(dict.fromkeys(n if ".py:" in n else n.lower() for n in args.problems))
     args.threads = args.threads or 1
     return args
 
@@ -550,6 +550,9 @@ def resolve(args):
 def load_tasks(args):
     """The problems of --suite or --problems; says when a rotation of MTMO is a stand-in."""
     problems = [data.get_problem(n, args.data_dir, args.seed, args.shift) for n in args.problems]
+    if len({p.name for p in problems}) < len(problems):
+        raise common.UserError("--problems: results are kept by name, so names must differ; got "
+                               + ", ".join(p.name for p in problems))
     rotations = sorted({data.MTMO[p.name][5] for p in problems if p.name in data.MTMO} - {None})
     missing = [n for n in rotations if not (args.data_dir / "mtmo" / f"{n}.txt").exists()]
     return problems, missing

@@ -332,6 +332,7 @@ def evaluate(world, net):
     whose nadirs differ from the suite's for some problems.
     """
     f = world.values(net(world.test.expand(len(world.seeds), -1, -1)))  # (S, K, N, m)
+    common.check_finite(f, "an objective of the learned fronts")
     corner = [1.1] * world.n_obj
 
     def volume(points, low, high):
@@ -487,8 +488,9 @@ def resolve(args):
             raise common.UserError(
                 f"--method {name!r} is unknown; there are {', '.join(METHODS)} and all")
     args.method = ",".join(dict.fromkeys(names))
-    words = [w for word in args.problems for w in ([word] if ".py:" in word else word.split(","))]
-    args.problems = list(dict.fromkeys(n for w in words for n in GROUPS.get(w.lower(), [w])))
+    words = [w for word in args.problems
+             for w in ([word] if ".py:" in word else word.lower().split(","))]
+    args.problems = list(dict.fromkeys(n for w in words for n in GROUPS.get(w, [w])))
     args.threads = args.threads or 1
     return args
 
@@ -497,6 +499,9 @@ def load_problems(args):
     """The problems of --problems; UserError unless all have the same number of objectives."""
     problems = [data.get_problem(name, args.data_dir, args.seed) for name in args.problems]
     counts = {p.name: p.n_obj for p in problems}
+    if len(counts) < len(problems):
+        raise common.UserError("--problems: results are kept by name, so names must differ; got "
+                               + ", ".join(p.name for p in problems))
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{n} has {m}" for n, m in counts.items())
         raise common.UserError("CoPSL's shared layer reads one preference for all problems, so "

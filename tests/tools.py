@@ -4,6 +4,7 @@ import builtins
 import dis
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 
@@ -58,6 +60,95 @@ def wait_for_rows(folder, n, process):
         if (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count("\n") >= n:
             return
         time.sleep(.01)
+
+
+def result_line(out):
+    """The last line of a finished run's output, RESULT key=value ... -> dict of texts."""
+    last = out.strip().splitlines()[-1]
+    assert re.fullmatch(r"RESULT( [\w-]+=\S+)+", last), last
+    return dict(pair.split("=", 1) for pair in last.split()[1:])
+
+
+def log_rows(folder):
+    """The rows of log.jsonl, without the clock."""
+    rows = [json.loads(row) for row in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def flat(value, path=""):
+    """Nested dicts and lists of tensors -> {path: tensor}."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: t for key, inner in items for name, t in flat(inner, f"{path}/{key}").items()}
+
+
+def trained(folder):
+    """All trained tensors in a finished run's checkpoint: path -> tensor."""
+    checkpoint = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+    return flat(checkpoint["state"]["trained"])
+
+
+def assert_same_run(first, second):
+    """The same result.json, the same log and, bit for bit, the same trained tensors."""
+    assert result(first) == result(second)
+    assert log_rows(first) == log_rows(second)
+    a, b = trained(first), trained(second)
+    assert a.keys() == b.keys() and len(a) > 0
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+class PowerCut(Exception):
+    """What cut_power raises."""
+
+
+def cut_power(monkeypatch, rows):
+    """From now on a run dies right after its `rows`-th row of the log, with nothing saved of it."""
+    log, left = common.Run.log, [rows]
+
+    def dying(self, **row):
+        log(self, **row)
+        left[0] -= 1
+        if left[0] == 0:
+            raise PowerCut
+
+    monkeypatch.setattr(common.Run, "log", dying)
+
+
+class QuietRun:
+    """Stands in for common.Run where a test calls a script's train() itself."""
+
+    def progress(self, items, what, **options):
+        return items
+
+    def gather(self, part):
+        return part
+
+    def log(self, **row):
+        pass
+
+
+OWN_PROBLEM = """
+import torch
+
+class Bend:
+    lower, upper, n_obj = [0.0, -1.0, 0.0], [2.0, 1.0, 4.0], 2
+    ideal, nadir = [0.0, 0.0], [1.0, 1.0]
+
+    def __call__(self, x):
+        away = (x[:, 1:] - 0.5).square().sum(-1)
+        return torch.stack([x[:, 0] / 2 + away, (1 - x[:, 0] / 2) ** 2 + away], -1)
+
+    def front(self, count):
+        t = torch.linspace(0, 1, count, dtype=torch.float64)
+        return torch.stack([t, (1 - t) ** 2], -1)
+"""
+
+
+def write_problem(path):
+    """A user's file with a problem of two objectives and three variables -> its name for a run."""
+    Path(path).write_text(OWN_PROBLEM)
+    return f"{path}:Bend"
 
 
 def method_section(path):
