@@ -160,9 +160,10 @@ class CoAction(nn.Module):
         self.embed = nn.ModuleDict({str(m): Linear(m, width, generators)  # UNSPECIFIED 1
                                     for m in sorted(set(self.n_objs))})
         scale = 1.0 if embed else 0.0
+        # From the abstract: an embedding vector per task, and a Transformer encoder over tasks
         draws = [torch.randn(tasks, width, generator=g) for g in generators]
         self.task = nn.Parameter(scale * torch.stack(draws), requires_grad=embed)  # (S, K, d)
-        self.blocks = nn.ModuleList(Block(width, heads, generators, attend)
+        self.blocks = nn.ModuleList(Block(width, heads, generators, attend)  # UNSPECIFIED 2
                                     for _ in range(layers))
         bound = .1 / math.sqrt(width)  # UNSPECIFIED 3; padded to the largest n_k
         self.head = uniform(generators, tasks, width, max(self.n_vars), bound=bound)
@@ -359,7 +360,7 @@ def train_step(world, net, optimizer, p, ranges):
     solutions = net(p)
     losses = []
     for k, f in enumerate(world.values(solutions)):
-        if world.tuned:
+        if world.tuned:  # UNSPECIFIED 4
             ranges[k] = ideal, nadir = update_range(*ranges[k], f)
             f = (f - ideal) / (nadir - ideal).clamp_min(1e-12)
             losses.append(smooth_tchebycheff(f, p[k], world.args.mu).mean(-1))

@@ -51,6 +51,8 @@ Where we depart (the marks can be searched for)
     DEVIATION 3   --recipe tuned is ours: see TUNED.
     UNSPECIFIED 1 how GradNorm's weights are stepped: Adam with the networks' learning rate.
     UNSPECIFIED 2 test preferences for m > 3: the largest Das-Dennis set of at most 210 points.
+    UNSPECIFIED 3 the authors' nadirs of RE31, RE32 and RE34 (hv_official): those that give back the
+                  hypervolumes of their code; F3's amplitude likewise (data.py).
 
 References
     PSL: Lin et al., NeurIPS 2022. COSMOS: Ruchte and Grabocka, ICDM 2021. Smooth Tchebycheff: Lin
@@ -261,7 +263,7 @@ class World:
 
     def network(self, method):
         """A freshly drawn network, and its optimiser."""
-        generators = [common.torch_generator(s, "init") for s in self.seeds]
+        generators = [common.torch_generator(s, "init") for s in self.seeds]  # DEVIATION 2
         kind = PSL if method == "psl" else CoPSL
         net = kind(self.n_obj, [p.n_var for p in self.problems], self.args.width, generators)
         net = net.to(self.device, self.dtype)
@@ -300,7 +302,7 @@ def train_step(world, net, optimizer, p, state):
     if recipe["normalise"]:
         state["ideal"], state["nadir"] = update_range(state["ideal"], state["nadir"], f)
         f = (f - state["ideal"]) / (state["nadir"] - state["ideal"]).clamp_min(1e-12)
-    sign = 1 if args.recipe == "official" else -1
+    sign = 1 if args.recipe == "official" else -1  # DEVIATION 1
     g = scalarize(f, p[:, None], recipe["loss"], 0.0, .01, args.gamma, args.mu, sign)  # (S, K, B)
     losses = g.mean(-1) if recipe["mean"] else g.sum(-1)
     # Eq. (E3): Σ_k w_k Σ_b g(f_k(x_k(p_b)), p_b), with w = 1 unless GradNorm moves it
@@ -355,6 +357,7 @@ def train(world, run, method, saved, save):
     if method == "copsl-gradnorm":
         state["weights"] = torch.ones(len(world.seeds), len(world.problems), dtype=world.dtype,
                                       device=world.device, requires_grad=True)
+        # UNSPECIFIED 1: Adam, with the networks' learning rate
         state["weigher"] = torch.optim.Adam([state["weights"]], recipe["lr"])
     history, start, spent = {}, 0, 0.0
     if saved is None:
