@@ -24,6 +24,7 @@ from tools import (
     finish,
     log_rows,
     paste,
+    pretend_processes,
     result,
     result_line,
     start,
@@ -568,17 +569,16 @@ def test_same_command_gives_the_same_numbers_and_another_seed_others(run_here):
         [list(copsl.METHODS)] * 2
 
 
-def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(reference, tmp_path):
+def test_killed_and_resumed_ends_with_the_same_numbers(reference, tmp_path):
     folder = tmp_path / "out"
     words = arguments(*LONG, "--out-dir", folder)
-    for rows in (6, 25):  # in the first method, in the second
-        process = start(SCRIPT, [*words, "--resume"] if folder.exists() else words)
-        wait_for_rows(folder, rows, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert not (folder / "result.json").exists()
-    finish(start(SCRIPT, [*words, "--resume"]))
+    process = start(SCRIPT, words)
+    wait_for_rows(folder, 25, process)  # in the second method
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "result.json").exists()
+    copsl.main([*words, "--resume"])
     assert_same_run(folder, reference[0])
 
 
@@ -635,12 +635,10 @@ def test_two_processes_give_the_numbers_of_one(run_here, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
 
 
-def test_more_processes_than_seeds_are_refused(tmp_path):
-    process = start(SCRIPT, arguments("--seeds", 1, "--out-dir", tmp_path / "out"),
-                    launcher=torchrun(offset=4))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and "RESULT" not in out
-    assert "error: 2 processes, but only --seeds 1 to share" in err
+def test_more_processes_than_seeds_are_refused(tmp_path, monkeypatch, capsys):
+    pretend_processes(monkeypatch, 3)
+    assert exit_code(copsl.main, arguments("--out-dir", tmp_path / "out")) == 2
+    assert capsys.readouterr().err == "error: 3 processes, but only --seeds 2 to share\n"
 
 
 def weights_of(folder, method="copsl"):
@@ -774,8 +772,11 @@ def test_results_are_not_overwritten(reference, capsys):
     assert (folder / "result.json").read_bytes() == before
 
 
-def test_help_is_the_header_and_every_flag_has_a_text():
-    out, err = finish(start(SCRIPT, ["-h"]))
+def test_help_is_the_header_and_every_flag_has_a_text(capsys):
+    with pytest.raises(SystemExit) as stop:
+        copsl.main(["-h"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0
     for words in ("The idea", "Paper map", "DEVIATION 1", "UNSPECIFIED 1", "--save-every"):
         assert words in out
     assert err == "" and all(a.help for a in copsl.build_parser()._actions)

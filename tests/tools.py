@@ -115,6 +115,15 @@ def cut_power(monkeypatch, rows):
     monkeypatch.setattr(common.Run, "log", dying)
 
 
+def pretend_processes(monkeypatch, world):
+    """Runs in this process believe that they are rank 0 of `world` processes."""
+    def join(self):
+        self.rank, self.world, self.group = 0, world, None
+
+    monkeypatch.setattr(common.Run, "_join_processes", join)
+    monkeypatch.setattr(common.dist, "broadcast_object_list", lambda *_, **__: None)
+
+
 class QuietRun:
     """Stands in for common.Run where a test calls a script's train() itself."""
 
