@@ -41,7 +41,10 @@ Cost
     measures it beside a plain arrangement.
 
 Results
-    RESULTS_PLACEHOLDER
+    F1-F6, 10 seeds, half a CPU-minute: mean HV .8169 (the authors' code .8228), tuned .8680, front
+    at 100 points .8718. `tuned` is above the paper's recipe on all 11 problems of the paper.
+    Training takes a fifth of a plain arrangement's CPU time a seed, GradNorm a twelfth. Spreads,
+    NSGA-II/III and MOEA/D at equal evaluations, what does not hold: benchmarks/RESULTS.md.
 
 Where we depart (the marks can be searched for)
     DEVIATION 1   COSMOS subtracts γ cos(p, f), as its authors do; the CoPSL code adds it (--recipe
