@@ -47,8 +47,6 @@ OURS = {"copsl-paper": "CoPSL, paper", "copsl-tuned": "CoPSL, tuned"}
 
 class Silent:
     """A common.Run that shows and keeps nothing."""
-    rank, world = 0, 1
-
     def progress(self, items, *_, **__):
         return items
 

@@ -6,7 +6,7 @@ The idea
     measures what that saves on the paper's experiment (F1-F6, 500 steps of 30 preferences).
 
 Run
-    python benchmarks/copsl_speed.py             one thread, two to four minutes
+    python benchmarks/copsl_speed.py             one thread, four minutes
     python benchmarks/copsl_speed.py --quick     seconds: a few steps, whose ratios mean little
 
 Prints
@@ -241,11 +241,11 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=None, help="default 5; 1 with --quick")
     parser.add_argument("--steps", type=int, default=None,
-                        help="of a measured piece; default 100; 4 with --quick")
+                        help="of a measured piece; default 100; 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="to see that it runs")
     options = parser.parse_args(argv)
     options.repeats = options.repeats or (1 if options.quick else 5)
-    options.steps = options.steps or (4 if options.quick else 100)
+    options.steps = options.steps or (2 if options.quick else 100)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     began = time.perf_counter(), time.process_time()
