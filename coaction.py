@@ -261,7 +261,8 @@ def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
     """Like dirichlet_preferences, but each step's batch lies evenly: a randomly shifted lattice.
 
     Kronecker's lattice with the generalised golden ratio; sorted coordinates cut [0, 1] into m
-    parts that are uniform on the simplex; stretched and clipped, so that edges and corners occur.
+    parts that are uniform on the simplex; stretched and clipped, so that edges and corners occur
+    (for m > 2 those of the middle objectives less often: cuts are sorted after they are clipped).
     """
     golden = 1.0
     for _ in range(60):  # the root of g^m = g + 1
@@ -609,7 +610,8 @@ def summarise(found, names):
     result = {key: table(last, key) for key in ("hv", "range", "sparsity")}
     result |= {"initial_hv": table(first, "hv"), "parameters": found["parameters"]}
     if found["maps"]:
-        result["attention"] = torch.stack(list(found["maps"].values())).mean(0).tolist()
+        maps = [found["maps"][s] for s in sorted(found["maps"])]  # in one order on any processes
+        result["attention"] = torch.stack(maps).mean(0).tolist()
     return result
 
 

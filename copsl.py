@@ -194,7 +194,8 @@ def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
 
     The lattice is Kronecker's with the generalised golden ratio; sorted coordinates cut [0, 1] into
     m parts that are uniform on the simplex. It is stretched a little and clipped, so that edges
-    and corners are drawn too: the ends of a front are seldom seen otherwise.
+    and corners are drawn too: the ends of a front are seldom seen otherwise. For m > 2 this is not
+    even-handed: the edges of the middle objectives occur less often (cuts are sorted when clipped).
     """
     golden = 1.0
     for _ in range(60):  # the root of g^m = g + 1

@@ -780,3 +780,12 @@ def test_help_is_the_header_and_every_flag_has_a_text(capsys):
     for words in ("The idea", "Paper map", "DEVIATION 1", "UNSPECIFIED 1", "--save-every"):
         assert words in out
     assert err == "" and all(a.help for a in copsl.build_parser()._actions)
+
+
+def test_the_speed_benchmark_runs(capsys):
+    from benchmarks import copsl_speed
+    copsl_speed.main(["--quick"])
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("RESULT ")
+    ratios = [float(pair.split("=")[1]) for pair in last.split()[1:]]
+    assert len(ratios) >= 5 and all(v > 0 for v in ratios)
