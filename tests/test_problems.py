@@ -30,7 +30,7 @@ def f_suite(number):
         wave, fold = 4 * pi * x1 + j * pi / n, .3 * x1 ** 2 * cos(12 * pi * x1 + 4 * j * pi / n)
         return {1: (2 * x1 - 1) ** 2,
                 2: x1 ** (.5 * (1 + 3 * (j - 2) / (n - 2))),
-                3: (sin(wave) + 1) / 2,
+                3: .5 + .4 * sin(wave),  # the amplitude is ours, see data.py
                 4: .8 * x1 * (sin(wave) if j % 2 == 0 else cos(wave)),
                 5: .8 * x1 * (sin(wave) if j % 2 == 0 else cos(wave / 3)),
                 6: (fold + .6 * x1) * (sin if j % 2 == 0 else cos)(6 * pi * x1 + j * pi / n)
