@@ -261,7 +261,7 @@ class Run:
         self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.may_change = VOLATILE | set(resume_may_change)
         self.rows, self.saved_at, self.started = [], None, time.time()
-        self.columns, self.interrupted = None, False
+        self.columns = None
         torch.set_flush_denormal(True)  # tiny models on a CPU drift into denormals, 10 times slower
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -360,18 +360,9 @@ class Run:
         return folder
 
     def __enter__(self):
-        self.handler = None
-        if threading.current_thread() is threading.main_thread():
-            self.handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def _interrupt(self, *_):
-        self.interrupted = True  # a library may swallow what follows: `log` looks again
-        raise KeyboardInterrupt
-
     def __exit__(self, kind, error, trace):
-        if self.handler is not None:
-            signal.signal(signal.SIGINT, self.handler)
         if kind is None and self.world > 1:
             dist.barrier(group=self.group)
             dist.destroy_process_group()
@@ -454,8 +445,6 @@ class Run:
 
     def log(self, **row):
         """A row of log.jsonl and an aligned console line (a header whenever columns change)."""
-        if self.interrupted:
-            raise KeyboardInterrupt
         row["seconds"] = round(time.time() - self.started, 2)
         self.rows.append(row)
         if self.rank:

@@ -1,6 +1,5 @@
 """common.py: seeds, files, the run contract, processes and metrics."""
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -916,15 +915,3 @@ def test_sparsity_of_hand_made_fronts():
     assert common.sparsity(torch.stack([even, 1 - even], 1)) == pytest.approx(2 * .01)
     assert common.sparsity([[3., 4.]]) == 0
     assert common.sparsity([[3., 4.], [3., 4.], [5., 5.]]) == 0
-
-
-def test_an_interrupt_that_was_swallowed_ends_the_run_at_the_next_row(make_run, ctrl_c, capsys):
-    with pytest.raises(SystemExit) as stop, make_run() as run:
-        run.begin()
-        run.log(step=1)
-        with contextlib.suppress(KeyboardInterrupt):
-            ctrl_c()
-        run.log(step=2)
-    assert stop.value.code == 130 and [row["step"] for row in run.rows] == [1]
-    assert "--resume" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
