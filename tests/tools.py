@@ -5,6 +5,7 @@ import dis
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,10 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def start(script, words, cwd=None, launcher=(sys.executable,)):
     """`python script words...` as a process of its own, with one thread."""
+    def hear_ctrl_c():  # a shell starts its background jobs deaf to it, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([*launcher, str(ROOT / script), *map(str, words)], cwd=cwd or ROOT,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=environment)
+                            env=environment, preexec_fn=hear_ctrl_c)
 
 
 def torchrun(processes=2, offset=0):
