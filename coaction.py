@@ -397,6 +397,7 @@ def evaluate(world, net):
         f = (values.cpu().double() - problem.ideal) / (problem.nadir - problem.ideal)
         for s, seed in enumerate(world.seeds):
             common.check_finite(f[s], f"{problem.name}: an objective of the learned front")
+            # Eq. (E5): the three measures of the abstract
             found[seed]["hv"].append(common.hypervolume(f[s], [1.1] * problem.n_obj))
             found[seed]["range"].append(common.angular_range(f[s]))
             found[seed]["sparsity"].append(common.sparsity(f[s]))
@@ -559,9 +560,7 @@ def load_tasks(args):
     if len({p.name for p in problems}) < len(problems):
         raise common.UserError("--problems: results are kept by name, so names must differ; got "
                                + ", ".join(p.name for p in problems))
-    rotations = sorted({data.MTMO[p.name][5] for p in problems if p.name in data.MTMO} - {None})
-    missing = [n for n in rotations if not (args.data_dir / "mtmo" / f"{n}.txt").exists()]
-    return problems, missing
+    return problems, sorted(p.name for p in problems if p.stand_in)
 
 
 def main(argv=None):

@@ -37,8 +37,8 @@ Cost
     A step on F1-F6 is 6 x 30 rows through three small layers: all overhead of small operations.
     Here towers are stacked into one tensor, problems are tensor expressions without loops over
     variables, and all seeds are trained at once as a leading dimension, so that most of the time is
-    matrix products. GradNorm takes one backward pass instead of K. benchmarks/copsl_speed.py
-    measures it beside a plain arrangement.
+    matrix products. GradNorm takes one more backward pass, to the shared layer's output, instead of
+    K. benchmarks/copsl_speed.py measures both beside a plain arrangement.
 
 Results
     F1-F6, 10 seeds, half a CPU-minute: mean HV .8169 (the authors' code .8228), tuned .8680, front
@@ -52,7 +52,8 @@ Where we depart (the marks can be searched for)
     DEVIATION 2   all seeds train in one process, each with generators of its own; the authors' code
                   runs them one by one. Same numbers, other random draws.
     DEVIATION 3   --recipe tuned is ours: see TUNED.
-    UNSPECIFIED 1 how GradNorm's weights are stepped: Adam with the networks' learning rate.
+    UNSPECIFIED 1 how GradNorm's weights are stepped: Adam with the networks' learning rate; they
+                  stay above 1e-3.
     UNSPECIFIED 2 test preferences for m > 3: the largest Das-Dennis set of at most 210 points.
     UNSPECIFIED 3 the authors' nadirs of RE31, RE32 and RE34 (hv_official): those that give back the
                   hypervolumes of their code; F3's amplitude likewise (data.py).
@@ -234,12 +235,12 @@ def gradnorm_weights(weights, losses, first_losses, norms, optimizer, alpha=1.75
     weights.grad = torch.sign(G - target) * norms
     optimizer.step()
     with torch.no_grad():
-        weights.clamp_(min=1e-3)
+        weights.clamp_(min=1e-3)  # UNSPECIFIED 1
         weights *= weights.shape[-1] / weights.sum(-1, keepdim=True)
 
 
 def clip_gradients(parameters, limit):
-    """Scale each seed's gradient, over all parameters (S, ...), to a norm of at most `limit`."""
+    """Scale each seed's gradient over all parameters (S, ...) to norm <= limit, in place."""
     grads = [p.grad for p in parameters]
     norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (S,)
     factor = (limit / (norm + 1e-6)).clamp(max=1)
@@ -258,7 +259,7 @@ class World:
     def __init__(self, problems, seeds, args, device, dtype=torch.float32):
         self.problems, self.seeds, self.args = problems, seeds, args
         self.n_obj, self.device, self.dtype = problems[0].n_obj, device, dtype
-        self.recipe = {**(TUNED if args.recipe == "tuned" else PAPER)}
+        self.recipe = dict(TUNED if args.recipe == "tuned" else PAPER)
         self.recipe |= {k: getattr(args, k) for k in ("loss", "lr") if getattr(args, k) is not None}
         self.boxes = [(p.lower.to(device, dtype), (p.upper - p.lower).to(device, dtype))
                       for p in problems]
@@ -342,8 +343,10 @@ def evaluate(world, net):
     corner = [1.1] * world.n_obj
 
     def volume(points, low, high):
+        # Eq. (E5): HV of (f - low) / (high - low) with reference (1.1, ..., 1.1)
         return common.hypervolume((points.cpu().double() - low) / (high - low), corner)
 
+    # UNSPECIFIED 3: hv_nadir
     return {seed: {"hv": [volume(f[s, k], q.ideal, q.nadir) for k, q in enumerate(world.problems)],
                    "hv_official": [volume(f[s, k], 0 * q.nadir, q.hv_nadir)
                                    for k, q in enumerate(world.problems)]}
@@ -351,8 +354,9 @@ def evaluate(world, net):
 
 
 def train(world, run, method, saved, save):
-    """Train all seeds of one method -> (network, {"hv": {step: dict of evaluate}, ...}).
+    """Train all seeds of one method -> (network, {"history", "parameters", "spent"}).
 
+    history: {step: what evaluate found}; spent: CPU seconds, of earlier processes too.
     saved: what `save` got, or None. Evaluates every --eval-every steps and after the last.
     """
     args, recipe = world.args, world.recipe

@@ -1458,6 +1458,7 @@ class Problem:
         self.hv_nadir = self.nadir if hv_nadir is None else \
             torch.as_tensor(hv_nadir, dtype=torch.float64)
         self.n_var, self.n_obj = len(self.lower), len(self.nadir)
+        self.stand_in = False  # True: MTMO with a random rotation in place of the competition's
 
     def __call__(self, x):
         return self.function(x)
@@ -1929,7 +1930,7 @@ def _mtmo(name, data_dir, seed, shift):
     one = 1 if g is _rosenbrock else 0  # where g has its own minimum
     optimum = lower + (offset + one - lower).abs()  # beyond a bound: reflected, so still inside
     offset = upper - (upper - optimum).abs() - one
-    rotation = mtmo_matrix(matrix, count, data_dir, seed)[0] if matrix else None
+    rotation, found = mtmo_matrix(matrix, count, data_dir, seed) if matrix else (None, True)
     places = 2 if front in ("sphere", "concave2") else 1
 
     def evaluate(x):
@@ -1947,8 +1948,10 @@ def _mtmo(name, data_dir, seed, shift):
         line = _grid(count, 1)
         return _mtmo_front(front, line, torch.ones(count, dtype=torch.float64))
 
-    return Problem(name, evaluate, [0] * places + [lower] * count, [1] * places + [upper] * count,
+    task = Problem(name, evaluate, [0] * places + [lower] * count, [1] * places + [upper] * count,
                    [0] * n_obj, [1] * n_obj, "CEC 2017 multitask suite (Yuan et al.)", front=pareto)
+    task.stand_in = not found
+    return task
 
 
 def _grid(side, dimensions):

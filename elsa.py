@@ -155,6 +155,7 @@ class SplitEncoder(nn.Module):
 
     def forward(self, ids, mask, cut, link=None):
         """Logits (B, C); cut = (p, q); link: a Link, or None when nothing crosses a network."""
+        # Step 7: part 1 on the client, blocks p..q - 1 on the edge, part 3 on the client
         p, q = cut
         x, bias = self.part1(ids, mask, p)
         x = x if link is None else link.to_edge(x)
@@ -198,6 +199,7 @@ class CountSketch:
         return self
 
     def encode(self, x):
+        # Step 9: y_(r,b) = Σ_(i: h_r(i) = b) s_r(i) x_i
         return x @ self.matrix.to(x.dtype)
 
     def decode(self, y):
@@ -271,7 +273,7 @@ class SubspaceRotation:
         return (q * r.diagonal().sign()).float()
 
     def rotate(self, h, back=False):
-        # UNSPECIFIED 7: W = I - VVᵀ + VQVᵀ = I + V (Q - I) Vᵀ
+        # Step 8. UNSPECIFIED 7: W = I - VVᵀ + VQVᵀ = I + V (Q - I) Vᵀ
         turn = self.turn.T if back else self.turn
         basis = self.basis.to(h.dtype)
         change = turn.to(h.dtype) - torch.eye(len(turn), dtype=h.dtype, device=h.device)
@@ -389,6 +391,7 @@ def trust_scores(distance, probabilities, neighbours=3):
         near = far[k].argsort(stable=True)[:min(neighbours, n - 1)]
         confidence = probabilities[near].amax(-1, keepdim=True)  # (m, Q, 1)
         consensus = (confidence * probabilities[near]).sum(0)  # (Q, C), not normalised
+        # Step 4: trust_k = mean over probes of [argmax p_k = argmax of the consensus]
         agree = probabilities[k].argmax(-1) == consensus.argmax(-1)
         scores.append(agree.double().mean())
     return torch.stack(scores)
@@ -396,7 +399,7 @@ def trust_scores(distance, probabilities, neighbours=3):
 
 def cluster_clients(distance, clusters):
     """Average-linkage agglomeration of (N, N) distances into at most `clusters` -> N labels 0.."""
-    # UNSPECIFIED 3: the linkage and the number of clusters (as many as there are edges)
+    # Step 5. UNSPECIFIED 3: the linkage and the number of clusters (as many as there are edges)
     if len(distance) == 1:
         return [0]
     upper = distance[tuple(torch.triu_indices(*distance.shape, 1))]
@@ -417,8 +420,9 @@ def assign_edges(labels, distance, latency, capacity=None, tau_max=math.inf, lam
     clusters = sorted(set(labels))
     members = {c: [k for k in range(n) if labels[k] == c] for c in clusters}
     cost = torch.stack([latency[members[c]].mean(0) for c in clusters])  # (clusters, E)
+    # Step 6: clusters to edges with the least sum of mean latencies, then whom that does not suit
     rounds = -(-len(clusters) // edges)  # more clusters than edges: an edge takes several
-    rows, columns = linear_sum_assignment(np.tile(cost.numpy(), (1, rounds)))
+    rows, columns = linear_sum_assignment(cost.repeat(1, rounds).numpy())
     home = {clusters[r]: int(c) % edges for r, c in zip(rows, columns, strict=True)}
     edge = [home[c] for c in labels]
     room = capacity or n
@@ -460,6 +464,7 @@ def fedavg(states, weights):
 
     states: dicts name -> tensor with the same names and shapes; weights: one number >= 0 each.
     """
+    # Step 10: φ = Σ_k (n_k / Σ_j n_j) φ_k, of an edge's clients and then of the edges
     total = sum(weights)
     return {name: sum(w / total * state[name] for state, w in zip(states, weights, strict=True))
             for name in states[0]}
@@ -561,6 +566,7 @@ def adapters(model):
 
 
 def load_adapters(model, state):
+    """Put what `adapters` returned (or its like) back into the model."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:

@@ -744,10 +744,12 @@ def train(training, save):
     args, run, job = training.args, training.run, training.job
     epochs = range(training.epoch, args.epochs)
     for _ in run.progress(epochs, job.key(), initial=epochs.start, total=args.epochs):
+        # Eq. (E1): D* = argmin_D L(P*, D), one move an epoch
         if job.method in ("pro-vpt", "random-relocation", "prune-only"):
             relocation(training)
         elif job.method == "adaptive":
             adaptation(training)
+        # Eq. (E1): P* = argmin_P L(P, D*)
         training.losses.append(train_epoch(training))
         training.epoch += 1
         training.counts.append(training.model.counts())

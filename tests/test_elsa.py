@@ -481,7 +481,7 @@ def test_link_mode_is_lossless_and_edge_mode_is_not():
 
 
 def test_method_section_pastes_with_torch_and_named_libraries():
-    pasted = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math, np=np, linkage=linkage,
+    pasted = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math, linkage=linkage,
                    fcluster=fcluster, linear_sum_assignment=linear_sum_assignment,
                    create_bidirectional_mask=create_bidirectional_mask)
     torch.testing.assert_close(pasted["symmetric_kl"](gaussian(1), gaussian(2)),
