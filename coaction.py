@@ -52,10 +52,11 @@ Where we depart (the marks can be searched for)
     UNSPECIFIED 3 the heads: one linear layer and a sigmoid per task, drawn a tenth as large as
                   nn.Linear does, so that solutions start near the middle of their box.
     UNSPECIFIED 4 all of training: --recipe tuned is that of copsl.py; --recipe copsl is what the
-                  CoPSL paper does.
+                  CoPSL paper does, but for its test preferences on a quarter circle.
     UNSPECIFIED 5 the variants of Range and Sparsity: those of common.py.
-    UNSPECIFIED 6 which preferences other tasks have while one is tested: the same ones; with other
-                  numbers of objectives their own test preferences, in order, over and over.
+    UNSPECIFIED 6 whose preference is whose: tasks with equally many objectives share each draw in
+                  training and each preference of the test; the others have their own, in the test
+                  in order, over and over.
 
 References
     PSL: Lin et al., NeurIPS 2022. CoPSL: Shang et al., IJCNN 2024. Smooth Tchebycheff: Lin et al.,
@@ -343,12 +344,15 @@ class World:
         return [p(low + width * x) for p, (low, width), x in
                 zip(self.problems, self.boxes, solutions, strict=True)]
 
+    def test_batch(self):
+        """K x (S, N, m_k): each task's test preferences, over and over to the longest list's N."""
+        rows = torch.arange(max(map(len, self.tests)), device=self.device)  # UNSPECIFIED 6
+        return [t[rows % len(t)].expand(len(self.seeds), -1, -1) for t in self.tests]
+
     @torch.no_grad()
     def fronts(self, net):
-        """K x (S, N_k, m_k) objectives at each task's own test preferences. UNSPECIFIED 6."""
-        longest = max(map(len, self.tests))
-        rows = [t[torch.arange(longest, device=self.device) % len(t)] for t in self.tests]
-        f = self.values(net([r.expand(len(self.seeds), -1, -1) for r in rows]))
+        """K x (S, N_k, m_k) objectives at each task's own test preferences."""
+        f = self.values(net(self.test_batch()))
         return [values[:, :len(t)] for values, t in zip(f, self.tests, strict=True)]
 
 
@@ -407,10 +411,8 @@ def evaluate(world, net):
 @torch.no_grad()
 def attention_map(world, net):
     """Who looks at whom: mean attention weights over layers, heads, preferences -> seed: (K, K)."""
-    longest = max(map(len, world.tests))
-    rows = [t[torch.arange(longest, device=world.device) % len(t)] for t in world.tests]
     maps = []
-    net([r.expand(len(world.seeds), -1, -1) for r in rows], maps=maps)
+    net(world.test_batch(), maps=maps)
     mean = torch.stack(maps).mean(0)  # (S, K, K): row k reads, column j is read
     return {seed: mean[s].cpu() for s, seed in enumerate(world.seeds)}
 
