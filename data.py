@@ -210,12 +210,23 @@ TEXT_FILES = {
 TEXT_SETS = [*TEXT_FILES, "topics", "topics-same"]
 
 
-def load_texts(name, data_dir, seed=0):
+def load_texts(name, data_dir, seed=0, probes=None, num_probes=0):
     """The TextSet `name`, one of TEXT_SETS or "csv:PATH"; downloads into data_dir if it can.
 
-    seed matters for the generated topics and topics-same only. UserError: unknown name, missing,
-    empty or damaged files, no network (the message says which files to put where).
+    probes: a file of public texts, one a line; without it a set's own are taken, and a set that has
+    none gives up num_probes > 0 of its training texts. seed matters for what is generated and which
+    texts are given up. UserError: unknown name, missing, empty or damaged files, no network (the
+    message says which files to put where), fewer than 4 probes.
     """
+    texts = _load_texts(name, data_dir, seed)
+    if probes is not None:
+        texts.probes = _read_probes(probes)
+    elif num_probes and not texts.probes:
+        _set_probes_apart(texts, num_probes, numpy_generator(seed, "probes"))
+    return texts
+
+
+def _load_texts(name, data_dir, seed):
     if name in ("topics", "topics-same"):
         return topics(seed, same=name == "topics-same")
     if name.startswith("csv:"):
@@ -242,6 +253,53 @@ def _text_set(name, classes, train, test):
     return TextSet(name, classes, texts, np.array(labels, dtype=np.int64), test_texts,
                    np.array(test_labels, dtype=np.int64), np.zeros(len(texts), dtype=np.int64),
                    np.zeros(len(test_texts), dtype=np.int64), [])
+
+
+def _read_probes(path):
+    try:
+        lines = [x.strip() for x in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--probes {path} cannot be read ({error})") from None
+    lines = [line for line in lines if line]
+    if len(lines) < 4:
+        raise UserError(f"--probes {path}: lines with text: {len(lines)}; a covariance needs at "
+                        "least 4 texts, one a line, better 96")
+    return lines
+
+
+def _set_probes_apart(texts, count, rng):
+    """Moves `count` training texts, at most a quarter, to the probes; nobody sees their labels."""
+    apart = rng.permutation(len(texts.train))[:min(count, len(texts.train) // 4)]
+    if len(apart) < 4:
+        raise UserError(f"{texts.name} has {len(texts.train)} training texts, too few to set "
+                        "probes apart; add texts or name --probes FILE")
+    kept = np.setdiff1d(np.arange(len(texts.train)), apart)
+    texts.probes = [texts.train[i] for i in apart]
+    texts.train = [texts.train[i] for i in kept]
+    texts.train_labels, texts.train_groups = texts.train_labels[kept], texts.train_groups[kept]
+
+
+def text_clients(texts, num_clients, alpha, seed=0):
+    """Clients take turns over a set's domains; each domain is cut by a Dirichlet(alpha) draw.
+
+    -> K pairs (train, test) of int64 tensors, numbers into the pool of all training texts followed
+    by all test texts, and the domain of each client. UserError: a domain without a client, or as
+    dirichlet_partition.
+    """
+    groups = np.unique(texts.train_groups)
+    domain = [int(groups[k % len(groups)]) for k in range(num_clients)]
+    clients = [None] * num_clients
+    for g in groups:
+        mine = [k for k in range(num_clients) if domain[k] == g]
+        if not mine:
+            raise UserError(f"--clients {num_clients}: each of the {len(groups)} domains needs at "
+                            "least one client")
+        train, test = (np.flatnonzero(x == g) for x in (texts.train_groups, texts.test_groups))
+        parts = dirichlet_partition(texts.train_labels[train], texts.test_labels[test], len(mine),
+                                    alpha, numpy_generator(seed, "partition", int(g)))
+        for k, a, b in zip(mine, *parts, strict=True):
+            clients[k] = torch.as_tensor(train[a]), torch.as_tensor(test[b] + len(texts.train))
+    return clients, domain
 
 
 def _fetch_texts(name, root, files, url):

@@ -530,11 +530,10 @@ class Federation:
         self.lengths = mask.sum(1)  # (N,), on the CPU: batches are cut to their longest text
         self.labels = torch.tensor(np.concatenate([texts.train_labels, texts.test_labels]))
         self.first_test, self.width = len(texts.train), model.encoder.config.hidden_size
-        self.clients, self.domain = split_clients(texts, args)
+        self.clients, self.domain = data.text_clients(texts, args.clients, args.alpha, args.seed)
         self.told, self.poisoned = poison_labels(self)
         self.honest = [k for k in range(len(self.clients)) if k not in self.poisoned]
-        probes = read_probes(args, texts)
-        self.probe_ids, self.probe_mask = (t.to(run.device) for t in encode(probes))
+        self.probe_ids, self.probe_mask = (t.to(run.device) for t in encode(texts.probes))
         self.network = draw_network(args, len(self.clients))
         self.cuts = [pick_cut(self, k) for k in range(len(self.clients))]
         common.seed_torch(args.seed, "init", "head")
@@ -573,29 +572,6 @@ def load_adapters(model, state):
                 p.copy_(state[name])
 
 
-def split_clients(texts, args):
-    """Clients take turns over the domains; each domain is cut by a Dirichlet draw over labels.
-
-    -> K pairs (train, test) of index tensors into the pool, and K domains.
-    """
-    groups = np.unique(texts.train_groups)
-    clients, domain = [None] * args.clients, [int(groups[k % len(groups)])
-                                              for k in range(args.clients)]
-    for g in groups:
-        mine = [k for k in range(args.clients) if domain[k] == g]
-        if not mine:
-            raise common.UserError(f"--clients {args.clients}: each of the {len(groups)} domains "
-                                   "needs at least one client")
-        train, test = (np.flatnonzero(x == g) for x in (texts.train_groups, texts.test_groups))
-        rng = common.numpy_generator(args.seed, "partition", int(g))
-        parts = data.dirichlet_partition(texts.train_labels[train], texts.test_labels[test],
-                                         len(mine), args.alpha, rng)
-        for k, a, b in zip(mine, *parts, strict=True):
-            first, second = train[a], test[b] + len(texts.train)
-            clients[k] = torch.as_tensor(first), torch.as_tensor(second)
-    return clients, domain
-
-
 def poison_labels(world):
     """The labels clients train on (N,), and client -> kind of those --poison made unreliable.
 
@@ -629,33 +605,6 @@ def parse_poison(text, clients):
     if sum(n for _, n in found) >= clients:
         raise common.UserError(f"--poison {text} leaves no honest one of {clients} clients")
     return found
-
-
-def read_probes(args, texts):
-    """The public texts: --probes FILE, else the set's own, else training texts set apart."""
-    if args.probes is None:
-        return texts.probes
-    try:
-        lines = [x.strip() for x in args.probes.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise common.UserError(f"--probes {args.probes} cannot be read ({error})") from None
-    lines = [line for line in lines if line]
-    if len(lines) < 4:
-        raise common.UserError(f"--probes {args.probes}: lines with text: {len(lines)}; a "
-                               "covariance needs at least 4 texts, one a line, better 96")
-    return lines
-
-
-def set_probes_apart(texts, count, rng):
-    """Without public texts of its own, a set gives up `count` training texts, labels unseen."""
-    apart = rng.permutation(len(texts.train))[:min(count, len(texts.train) // 4)]
-    if len(apart) < 4:
-        raise common.UserError(f"{texts.name} has {len(texts.train)} training texts, too few to "
-                               "set probes apart; add texts or name --probes FILE")
-    kept = np.setdiff1d(np.arange(len(texts.train)), apart)
-    texts.probes = [texts.train[i] for i in apart]
-    texts.train = [texts.train[i] for i in kept]
-    texts.train_labels, texts.train_groups = texts.train_labels[kept], texts.train_groups[kept]
 
 
 def draw_network(args, clients):
@@ -1226,15 +1175,14 @@ def resolve(args):
 def build_federation(args, run):
     """Texts, clients, encoder with LoRA and head -> Federation."""
     with run.rank_zero_first():
-        texts = data.load_texts(args.dataset, args.data_dir, args.seed)
+        texts = data.load_texts(args.dataset, args.data_dir, args.seed, args.probes,
+                                args.num_probes)
         if args.model == "tiny":
             encoder, encode = data.tiny_bert(args.seed, args.data_dir / "cache",
                                              progress=run.progress)
         else:
             encoder, encode = data.text_encoder(args.model, args.max_length, args.dropout,
                                                 args.data_dir / "weights")
-    if args.probes is None and not texts.probes:
-        set_probes_apart(texts, args.num_probes, common.numpy_generator(args.seed, "probes"))
     width = encoder.config.hidden_size
     if args.ssop_rank > width:
         raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} dimensions")

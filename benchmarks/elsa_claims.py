@@ -63,6 +63,8 @@ def plan(world):
         found["elsa no trust"] = ("elsa", {"no_trust": True})
         found["elsa no clusters"] = ("elsa", {"no_cluster": True})
         found["elsa cloud mix 1"] = ("elsa", {"cloud_mix": 1.0})
+    else:
+        found["elsa no trust"] = ("elsa", {**PLAIN, "no_trust": True})
     found["ssop none"] = ("elsa", PLAIN)
     found["ssop link"] = ("elsa", {**PLAIN, "ssop": "link"})
     for rank in (8, 16, 32) if world == "topics" else (8, 32, 128):
