@@ -545,11 +545,16 @@ class Federation:
         longest, indices = int(self.lengths[indices].max()), indices.to(self.device)
         return self.ids[indices, :longest], self.mask[indices, :longest]
 
+    def train_texts(self, client):
+        """A client's training texts; client number N is the pool of all clients (`central`)."""
+        if client == len(self.clients):
+            return torch.cat([train for train, _ in self.clients])
+        return self.clients[client][0]
+
     def batches(self, client, *purpose):
         """One client's local epochs: a list of index tensors. Partial batches are dropped unless
-        the client has no full one. Client number N is the pool of all clients."""
-        pool = torch.cat([c[0] for c in self.clients])
-        train = pool if client == len(self.clients) else self.clients[client][0]
+        the client has no full one."""
+        train = self.train_texts(client)
         generator = common.torch_generator(self.args.seed, "batches", *purpose, client)
         common.seed_torch(self.args.seed, "noise", *purpose, client)  # dropout, rounding
         size, found = self.args.batch, []
@@ -647,7 +652,7 @@ def pick_cut(world, client):
 
 
 def train_client(world, start, client, link, cut, purpose, progress=None, steps=None):
-    """Local epochs (or `steps` steps) of one client from `start` -> adapters, steps, last loss.
+    """Local epochs (or `steps` steps) of one client from `start` -> adapters, last loss.
 
     progress: (round, rounds) for the learning rate, which rises over 6% of the run and falls
     linearly; None keeps it constant. link None: the unsplit model.
@@ -674,7 +679,7 @@ def train_client(world, start, client, link, cut, purpose, progress=None, steps=
     where = " ".join(map(str, purpose))
     common.check_finite(loss.detach(), f"the loss of client {client} ({where})")
     model.eval()
-    return adapters(model), len(batches), loss.item()
+    return adapters(model), loss.item()
 
 
 @torch.no_grad()
@@ -691,7 +696,7 @@ def predict(world, state, indices, cut, link=None):
 def warm_up(world, client):
     """Step 1, on one client: a few local steps, then the probes and a look at its own states."""
     args, model, cut = world.args, world.model, world.cuts[client]
-    state, _, _ = train_client(world, world.start, client, None, cut, ("warm-up",),
+    state, _ = train_client(world, world.start, client, None, cut, ("warm-up",),
                                steps=args.warmup_steps)
     with torch.no_grad():
         x, bias = model.part1(world.probe_ids, world.probe_mask, model.layers)
@@ -820,65 +825,81 @@ def make_link(world, setup, client, codecs):
     return Link(codecs, rotation, world.args.ssop)
 
 
+def open_links(world, method, groups, setup):
+    """Link and cut of every client that trains, and the codec of adapter updates.
+
+    Methods without a split have no links: their clients hold the whole model and send adapters.
+    """
+    members = [k for g in groups for k in g]
+    cuts = {k: world.cuts[k % len(world.clients)] for k in members}  # N is the pool: any cut
+    if method not in ("split-flat", "hier-random", "elsa"):
+        return dict.fromkeys(members), cuts, None
+    codecs, update_codec = make_codecs(world.args, setup, world.width, world.device)
+    return {k: make_link(world, setup, k, codecs) for k in members}, cuts, update_codec
+
+
+def client_round(world, start, client, link, cut, update_codec, round_):
+    """One client's part of an edge round, from the edge's adapters `start` to what it sends back.
+
+    -> {"adapters": as the edge receives them, "loss": of the last step, "sent": bytes by kind}
+    """
+    if link is not None:
+        link.sent = dict.fromkeys(EXCHANGES, 0.0)
+    end, loss = train_client(world, start, client, link, cut, ("round", round_),
+                             (round_, world.args.rounds))
+    whole = size = 4 * sum(t.numel() for t in start.values())  # bytes of all adapters and the head
+    if update_codec is not None:
+        end, size = send_update(start, end, update_codec, world.width)
+    return {"adapters": end, "loss": loss,
+            "sent": {**(link.sent if link else {}), "adapters up": size, "adapters down": whole}}
+
+
 def train_method(world, run, method, setup, state, save):
     """All rounds of one method, from `state` on; calls save(state) after each -> its history.
 
-    state: {"round", "edges" (a list of adapters), "cloud", "history", "bytes"}.
+    state: {"round", "edges" (a list of adapters), "cloud", "history", "bytes"}. Every method is the
+    same loop over other groups: FedAvg has one edge with all clients, `central` one edge with one
+    client that holds all texts, `local` an edge for each client.
     """
     args = world.args
     groups = list(place_clients(world, method, setup)[0].values())
-    split = method in ("split-flat", "hier-random", "elsa")
-    codecs, update_codec = make_codecs(args, setup, world.width, world.device) if split else ({}, 0)
-    links = {k: make_link(world, setup, k, codecs) if split else None for g in groups for k in g}
-    pool_cut = world.cuts[0]
-    cuts = {k: world.cuts[k] if k < len(world.clients) else pool_cut for g in groups for k in g}
+    home = {k: e for e, g in enumerate(groups) for k in g}
+    samples = [[len(world.train_texts(k)) for k in g] for g in groups]
+    links, cuts, update_codec = open_links(world, method, groups, setup)
     state["edges"] = state["edges"] or [world.start for _ in groups]
-    one = 4 * sum(t.numel() for t in world.start.values())  # bytes of all adapters and the head
     rounds = range(state["round"], args.rounds)
     for round_ in run.progress(rounds, method, initial=rounds.start, total=args.rounds):
-        trained, sent = {}, dict.fromkeys([*EXCHANGES, "adapters up", "adapters down",
-                                           "edge-cloud"], 0.0)
-        for k in run.share([k for g in groups for k in g]):
-            e = next(i for i, g in enumerate(groups) if k in g)
-            if split:
-                links[k].sent = dict.fromkeys(EXCHANGES, 0.0)
-            end, steps, loss = train_client(world, state["edges"][e], k, links[k], cuts[k],
-                                            ("round", round_), (round_, args.rounds))
-            size = one
-            if split and update_codec is not None:
-                end, size = send_update(state["edges"][e], end, update_codec, world.width)
-            trained[k] = {"adapters": end, "steps": steps, "loss": loss, "up": size,
-                          "sent": links[k].sent if split else {}}
+        # Steps 7 to 9: every client trains from its edge's adapters, through its link. Ranks share
+        # the clients; gathered in client order, sums do not depend on how many ranks there are.
+        trained = {k: client_round(world, state["edges"][home[k]], k, links[k], cuts[k],
+                                   update_codec, round_) for k in run.share(list(home))}
         trained = {k: {**t, "adapters": _to(t["adapters"], world.device)}
-                   for k, t in run.gather(trained).items()}
-        sizes = [[sum(len(c[0]) for c in world.clients) if k == len(world.clients)
-                  else len(world.clients[k][0]) for k in g] for g in groups]
-        state["edges"] = [fedavg([trained[k]["adapters"] for k in g], s)
-                          for g, s in zip(groups, sizes, strict=True)]
-        state["cloud"] = fedavg(state["edges"], [sum(s) for s in sizes])
-        for k in sorted(trained):
-            for name, size in {**trained[k]["sent"], "adapters up": trained[k]["up"],
-                               "adapters down": one}.items():
+                   for k, t in sorted(run.gather(trained).items())}
+        # Step 10: edges average their clients, the cloud averages edges, both by training texts
+        state["edges"] = [fedavg([trained[k]["adapters"] for k in g], n)
+                          for g, n in zip(groups, samples, strict=True)]
+        state["cloud"] = fedavg(state["edges"], [sum(n) for n in samples])
+        found = evaluate(world, run, groups, state, links, cuts)
+        sent = dict.fromkeys([*EXCHANGES, "adapters up", "adapters down", "edge-cloud"], 0.0)
+        for t in trained.values():
+            for name, size in t["sent"].items():
                 sent[name] += size
-        found = evaluate(world, run, groups, state, links, cuts) if method != "local" or \
-            round_ + 1 == args.rounds else None
         if method not in ("local", "central") and (round_ + 1) % args.cloud_every == 0:
             # UNSPECIFIED 9: after a cloud round an edge goes on from a mix of its own model and the
             # cloud's; 1 is hierarchical FedAvg, 0 lets the cloud average but not interfere.
             mix = args.cloud_mix
             state["edges"] = [fedavg([edge, state["cloud"]], [1 - mix, mix])
                               for edge in state["edges"]]
-            sent["edge-cloud"] += 2 * one * len(groups) if len(groups) > 1 else 0
+            if len(groups) > 1:
+                sent["edge-cloud"] = sent["adapters down"] / len(home) * 2 * len(groups)
         if method == "central":
-            sent = dict.fromkeys(sent, 0.0)
+            sent = dict.fromkeys(sent, 0.0)  # all texts lie in one place already
         state["bytes"] = {n: state["bytes"].get(n, 0.0) + size for n, size in sent.items()}
         state["round"] = round_ + 1
-        if found:
-            losses = [trained[k]["loss"] for k in sorted(trained)]
-            state["history"].append({"round": state["round"], **found,
-                                     "megabytes": sum(sent.values()) / 1e6})
-            run.log(method=method, round=state["round"], loss=sum(losses) / len(losses),
-                    served=found["served"], cloud=found["cloud"], MB=sum(sent.values()) / 1e6)
+        row = {"round": state["round"], **found, "megabytes": sum(sent.values()) / 1e6}
+        state["history"].append(row)
+        run.log(method=method, round=row["round"], served=row["served"], cloud=row["cloud"],
+                loss=sum(t["loss"] for t in trained.values()) / len(trained), MB=row["megabytes"])
         save(state)
     return state["history"]
 
@@ -1032,10 +1053,12 @@ def channel_curve(world, run, setup, state):
 
 
 def _to(value, device):
-    """Tensors in (dicts of) tensors on a device."""
+    """The tensors in nested dicts and lists on a device; anything else stays as it is."""
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
-    return value.to(device)
+    if isinstance(value, list):
+        return [_to(v, device) for v in value]
+    return value.to(device) if torch.is_tensor(value) else value
 
 
 # ================================================================================================
@@ -1271,11 +1294,7 @@ def main(argv=None):
         for method in args.method.split(","):
             if method in state["done"]:
                 continue
-            current = state["current"] or fresh_state(method)
-            for key in ("edges", "cloud"):
-                models = current[key] if key == "edges" else [current[key]]
-                models = [_to(m, world.device) for m in models or [] if m is not None]
-                current[key] = models or None if key == "edges" else (models or [None])[0]
+            current = _to(state["current"], world.device) or fresh_state(method)
             train_method(world, run, method, state["setup"], current, lambda now: run.save(
                 {**state, "current": now}, f"{now['method']}, round {now['round']}"))
             state["trained"][method] = {k: current[k] for k in ("edges", "cloud")}
@@ -1309,13 +1328,12 @@ def report(world, run, state):
     if shown == "elsa":
         result["seconds"] = placement_table(world, run, groups, results[shown]["history"])
     if shown == "elsa" and args.attack:
-        cloud = _to(state["trained"]["elsa"]["cloud"], world.device)
-        result["privacy"] = privacy_report(world, setup, cloud)
+        result["privacy"] = privacy_report(
+            world, setup, _to(state["trained"]["elsa"]["cloud"], world.device))
         run.table([f"\nwords recovered, r = {args.ssop_rank}", "top-1 %", "top-5 %"],
                   result["privacy"])
     if shown == "elsa" and args.curve:
-        models = {k: [_to(m, world.device) for m in v] if k == "edges" else _to(v, world.device)
-                  for k, v in state["trained"]["elsa"].items()}
+        models = _to(state["trained"]["elsa"], world.device)
         result["curve"] = channel_curve(world, run, setup, models)
         run.table(["\nread through a channel", "bytes", "error", "served %"], result["curve"])
     if run.rank == 0:
