@@ -288,7 +288,7 @@ class Run:
         if self.world == 1:
             return part
         parts = [None] * self.world
-        dist.all_gather_object(parts, _to_cpu(part), group=self.group)
+        dist.all_gather_object(parts, to_device(part, "cpu"), group=self.group)
         return {key: value for p in parts for key, value in p.items()}
 
     @contextlib.contextmanager
@@ -402,7 +402,7 @@ class Run:
         """Checkpoint `state`; `at` says in words what is safe now ("round 3")."""
         if self.rank == 0:
             content = {"script": self.title, "settings": self._fixed(), "rows": self.rows,
-                       "state": _to_cpu(state)}
+                       "state": to_device(state, "cpu")}
             atomic_write(self.out_dir / "checkpoint.pt", lambda p: torch.save(content, p))
         self.saved_at = at
 
@@ -482,13 +482,14 @@ def _short(value):
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _to_cpu(value):
+def to_device(value, device):
+    """The tensors in nested dicts, lists and tuples, detached, on a device; tuples become lists."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
+        return value.detach().to(device)
     if isinstance(value, dict):
-        return {k: _to_cpu(v) for k, v in value.items()}
+        return {k: to_device(v, device) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_cpu(v) for v in value]
+        return [to_device(v, device) for v in value]
     return value
 
 

@@ -712,7 +712,7 @@ def set_up(world, run):
     """Steps 1-3 and what the channel needs: warm-ups, distances, trust, rotations, directions."""
     args, n = world.args, len(world.clients)
     found = run.gather({k: warm_up(world, k) for k in run.share(range(n))})
-    found = [{key: _to(found[k][key], "cpu") for key in found[k]} for k in range(n)]
+    found = [common.to_device(found[k], "cpu") for k in range(n)]
     cls = torch.stack([f["cls"] for f in found])  # (N, Q, D)
     pooled = cls.flatten(0, 1)
     basis = principal_directions(pooled - pooled.mean(0), args.fingerprint_rank)
@@ -728,7 +728,7 @@ def set_up(world, run):
     directions = {}
     if args.channel == "lowrank" or args.curve:
         weights = [len(c[0]) for c in world.clients]
-        mean = fedavg([_to(f["adapters"], world.device) for f in found], weights)
+        mean = fedavg([common.to_device(f["adapters"], world.device) for f in found], weights)
         directions = public_directions(world, mean)
     q, rotation = len(world.probe_ids), found[0]["basis"].numel() + turns[0].numel()
     once = {"probe states up": 4 * n * q * world.width,
@@ -873,7 +873,7 @@ def train_method(world, run, method, setup, state, save):
         # the clients; gathered in client order, sums do not depend on how many ranks there are.
         trained = {k: client_round(world, state["edges"][home[k]], k, links[k], cuts[k],
                                    update_codec, round_) for k in run.share(list(home))}
-        trained = {k: {**t, "adapters": _to(t["adapters"], world.device)}
+        trained = {k: {**t, "adapters": common.to_device(t["adapters"], world.device)}
                    for k, t in sorted(run.gather(trained).items())}
         # Step 10: edges average their clients, the cloud averages edges, both by training texts
         state["edges"] = [fedavg([trained[k]["adapters"] for k in g], n)
@@ -1050,15 +1050,6 @@ def channel_curve(world, run, setup, state):
                      found["served"]])
         vars(args).update(before)
     return rows
-
-
-def _to(value, device):
-    """The tensors in nested dicts and lists on a device; anything else stays as it is."""
-    if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_to(v, device) for v in value]
-    return value.to(device) if torch.is_tensor(value) else value
 
 
 # ================================================================================================
@@ -1294,7 +1285,7 @@ def main(argv=None):
         for method in args.method.split(","):
             if method in state["done"]:
                 continue
-            current = _to(state["current"], world.device) or fresh_state(method)
+            current = common.to_device(state["current"], world.device) or fresh_state(method)
             train_method(world, run, method, state["setup"], current, lambda now: run.save(
                 {**state, "current": now}, f"{now['method']}, round {now['round']}"))
             state["trained"][method] = {k: current[k] for k in ("edges", "cloud")}
@@ -1329,11 +1320,11 @@ def report(world, run, state):
         result["seconds"] = placement_table(world, run, groups, results[shown]["history"])
     if shown == "elsa" and args.attack:
         result["privacy"] = privacy_report(
-            world, setup, _to(state["trained"]["elsa"]["cloud"], world.device))
+            world, setup, common.to_device(state["trained"]["elsa"]["cloud"], world.device))
         run.table([f"\nwords recovered, r = {args.ssop_rank}", "top-1 %", "top-5 %"],
                   result["privacy"])
     if shown == "elsa" and args.curve:
-        models = _to(state["trained"]["elsa"], world.device)
+        models = common.to_device(state["trained"]["elsa"], world.device)
         result["curve"] = channel_curve(world, run, setup, models)
         run.table(["\nread through a channel", "bytes", "error", "served %"], result["curve"])
     if run.rank == 0:

@@ -578,20 +578,20 @@ def train_method(world, run, method, state, save):
         if method == "local":
             starts = {k: state["private"].get(k, state["base"]) for k in mine}
             private = {k: tune_shared(world, starts[k], k, method, round_)[0] for k in mine}
-            state["private"].update(to_device(run.gather(private), world))
+            state["private"].update(common.to_device(run.gather(private), run.device))
         else:
             shared = {}
             for k in mine:
                 leak = state["momentum"] if args.recipe == "official" else None  # DEVIATION 1
                 shared[k], state["momentum"] = tune_shared(
                     world, state["global"], k, method, round_, leak)
-            shared = to_device(run.gather(shared), world)
+            shared = common.to_device(run.gather(shared), run.device)
             sizes = [len(world.clients[k][0]) for k in chosen]  # n_k
             state["global"] = fedavg([shared[k] for k in chosen], sizes)
         if method == "fedpurel":
             starts = {k: state["private"].get(k, state["base"]) for k in mine}
             private = {k: tune_private(world, starts[k], state["global"], k, round_) for k in mine}
-            state["private"].update(to_device(run.gather(private), world))
+            state["private"].update(common.to_device(run.gather(private), run.device))
         state["round"] = round_ + 1
         if state["round"] % args.eval_every == 0 or state["round"] == args.rounds:
             found = evaluate(world, run, method, state)
@@ -601,11 +601,6 @@ def train_method(world, run, method, state, save):
                 for key in ("all", "many", "med", "few")})
         save(state)
     return state["history"]
-
-
-def to_device(params, world):
-    """Client parameter dicts, gathered on the CPU, back on the run's device."""
-    return {k: {n: t.to(world.labels.device) for n, t in p.items()} for k, p in params.items()}
 
 
 def evaluate(world, run, method, state):
@@ -1027,10 +1022,8 @@ def main(argv=None):
             if method == "zeroshot":
                 history = [{"round": 0, **evaluate(world, run, method, None)}]
             else:
-                current = state["current"] or fresh_state(world, method)
-                for key in ("global", "base"):
-                    current[key] = {n: t.to(run.device) for n, t in current[key].items()}
-                current["private"] = to_device(current["private"], world)
+                current = common.to_device(state["current"], run.device) or fresh_state(
+                    world, method)
                 history = train_method(world, run, method, current, lambda now: run.save(
                     {**state, "current": now}, f"{now['method']}, round {now['round']}"))
                 state["trained"][method] = {k: current[k] for k in ("global", "private")}
