@@ -107,7 +107,7 @@ LABELS = {"central": "centralised LoRA", "local": "local", "fedavg": "FedAvg, un
 # seeds 100 and 101, which benchmarks/RESULTS.md does not report.
 REAL = {"model": "bert-base-uncased", "method": "elsa", "rounds": 10, "lr": 1e-3, "batch": 32,
         "alpha": .5, "dropout": .1, "channel": "sketch", "attack": False, "curve": False,
-        "cloud_every": 1, "cloud_mix": 1.0, "poison": "", "ssop_rank": 32, "warmup_steps": 10}
+        "cloud_every": 1, "cloud_mix": 1.0, "poison": "", "ssop_rank": 32, "warmup_steps": 30}
 SMALL = {"model": "tiny", "method": "fedavg,elsa", "rounds": 4, "lr": 3e-3, "batch": 16,
          "alpha": 3.0, "dropout": 0.0, "channel": "quant", "attack": True, "curve": True,
          "cloud_every": 2, "cloud_mix": 0.0, "poison": "label-flip:2,random:1", "threads": 1,
@@ -310,6 +310,7 @@ class Link:
 
     def to_edge(self, x):
         """Part 1's states (B, T, D) -> what part 2 computes on."""
+        # Steps 8 and 9: H -> H W -> sketch -> recovered -> (link) times Wᵀ
         if self.rotation is not None:
             x = self.rotation.rotate(x)
         x = Crossing.apply(x, self, "activations up", "gradients down")
@@ -318,6 +319,7 @@ class Link:
 
     def to_client(self, x):
         """Part 2's states (B, T, D) -> what part 3 computes on."""
+        # In mode edge part 2 never left the rotated space, so nothing is turned before it crosses.
         if self.rotation is not None and self.mode == "link":
             x = self.rotation.rotate(x)
         x = Crossing.apply(x, self, "activations down", "gradients up")
@@ -339,6 +341,7 @@ class Crossing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        # Step 9, backwards: the gradient is a message like any other, coded and counted
         return ctx.link.carry(gradient, ctx.backward_name), None, None, None
 
 
@@ -455,6 +458,8 @@ def choose_cut(layers, fixed_bytes, block_bytes, memory, block_seconds, deadline
     hides the words); at least one block stays on the client and one on the edge.
     """
     fits = (memory - fixed_bytes) // block_bytes
+    # Step 7 (v2): more blocks at home hide more and use less of the edge, until the device is full
+    # or would hold up the round
     mine = int(max(1, min(fits, deadline // block_seconds, layers - 1)))
     return -(-mine // 2), layers - mine // 2
 
@@ -661,11 +666,14 @@ def train_client(world, start, client, link, cut, purpose, progress=None, steps=
     load_adapters(model, start)
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
+    # UNSPECIFIED 9: AdamW starts afresh every round. Its moments would have to travel or be kept
+    # by clients, and belong to adapters that the averages have replaced.
     optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay)
+    # `central` is the ceiling: it knows the true labels of the clients that --poison spoilt
     labels = world.labels if client == len(world.clients) else world.told
     batches = world.batches(client, *purpose)
     while steps and len(batches) < steps:
-        batches = batches * 2
+        batches = batches * 2  # a small client sees its texts again
     batches = batches[:steps]
     for i, here in enumerate(batches):
         if progress is not None:
@@ -713,20 +721,24 @@ def set_up(world, run):
     args, n = world.args, len(world.clients)
     found = run.gather({k: warm_up(world, k) for k in run.share(range(n))})
     found = [common.to_device(found[k], "cpu") for k in range(n)]
+    # Steps 2 and 3. All clients answered the same Q probes, so their fingerprints differ by what
+    # they have learned, not by what they were asked.
     cls = torch.stack([f["cls"] for f in found])  # (N, Q, D)
     pooled = cls.flatten(0, 1)
     basis = principal_directions(pooled - pooled.mean(0), args.fingerprint_rank)
     prints = [gaussian_fingerprint(states, basis) for states in cls]
     distance = torch.stack([torch.stack([symmetric_kl(a, b) for b in prints]) for a in prints])
-    distance = (distance + distance.T) / 2
+    distance = (distance + distance.T) / 2  # symmetric up to rounding; make it exact
     distance.fill_diagonal_(0)
     common.check_finite(distance, "a behavioural distance")
+    # Step 4
     trust = trust_scores(distance, torch.stack([f["probabilities"] for f in found]),
                          args.neighbours)
+    # Step 8: each client draws its Q_n from a generator of its own
     turns = [SubspaceRotation.random_turn(f["basis"].shape[1], common.torch_generator(
         args.seed, "rotation", k)) for k, f in enumerate(found)]
     directions = {}
-    if args.channel == "lowrank" or args.curve:
+    if args.channel == "lowrank" or args.curve:  # what `lowrank` keeps, learned on public texts
         weights = [len(c[0]) for c in world.clients]
         mean = fedavg([common.to_device(f["adapters"], world.device) for f in found], weights)
         directions = public_directions(world, mean)
@@ -773,6 +785,7 @@ def place_clients(world, method, setup):
     if method == "local":
         return {k: [k] for k in range(n)}, list(range(n)), False
     keep, yielded = list(range(n)), False
+    # Step 4: the floor follows the median, so that no absolute trust has to be known beforehand
     if method == "elsa" and not args.no_trust:
         floor = args.trust_factor * setup["trust"].median()
         keep = [k for k in range(n) if setup["trust"][k] >= floor]
@@ -782,7 +795,7 @@ def place_clients(world, method, setup):
         order = rng.permutation(keep).tolist()
         groups = [sorted(order[e::args.edges]) for e in range(args.edges)]
         labels = {k: e for e, g in enumerate(groups) for k in g}
-    else:
+    else:  # Steps 5 and 6, among the trusted
         distance = setup["distance"][keep][:, keep]
         labels = dict(zip(keep, cluster_clients(distance, args.clusters), strict=True))
         edge = assign_edges(list(labels.values()), distance, world.network["latency"][keep],
@@ -810,6 +823,7 @@ def make_codecs(args, setup, width, device):
         rank = max(int(args.ratio * width), 1)
         reduce |= {name: Projection(basis[:, :rank].to(device))
                    for name, basis in setup["directions"].items()}
+    # DEVIATION 1 and UNSPECIFIED 8: which of these is --channel, and on what it stands, --sketch
     codecs = {name: Codec(r, args.bits) for name, r in reduce.items()}
     updates = codecs.pop("adapters")
     return (codecs if args.sketch in ("activations", "both") else {},
@@ -910,6 +924,7 @@ def evaluate(world, run, groups, state, links, cuts):
     served: by the model of the client's edge (the cloud's if it has none); cloud: by the cloud
     model; edges: served, of each edge's honest clients by themselves.
     """
+    # Clients whose labels were spoilt are left out: nobody can say what they ought to be served.
     edge_of = {k: e for e, g in enumerate(groups) for k in g}
     pooled = len(world.clients) in edge_of
     n_edges, hits = len(groups), {}
@@ -920,6 +935,7 @@ def evaluate(world, run, groups, state, links, cuts):
         truth = world.labels[test]
         common.seed_torch(world.args.seed, "evaluation", k)  # stochastic rounding
         link, cut = links.get(k), cuts.get(k, world.cuts[k])
+        # A distrusted but honest client (e is None) still gets the cloud's model
         cloud = served = predict(world, state["cloud"], test, cut, link) == truth
         if n_edges > 1 and e is not None:
             served = predict(world, state["edges"][e], test, cut, link) == truth
@@ -952,6 +968,7 @@ def round_seconds(world, groups, history):
     for e, members in groups.items():
         for k in members:
             p, q = world.cuts[k]
+            # compute of the client, its share of the edge, and four waits a step; then its bytes
             steps = max(len(world.clients[k][0]) // world.args.batch, 1) * world.args.local_epochs
             mine = (p + world.model.layers - q) * flops / float(net["flops"][k])
             edge = (q - p) * flops * len(members) / 500e9
@@ -982,6 +999,8 @@ def privacy_report(world, setup, state):
     inside = (mask > 0) & (ids != first) & (ids != last)  # the words of the texts
     truth = torch.searchsorted(words, ids[inside])
     common.seed_torch(world.args.seed, "attack")
+    # The observer's training data: random words, whose states it can compute itself. Random, so
+    # that nothing of the clients' language is taken for known.
     made = words[torch.randint(len(words), (2000, ids.shape[1]), device=words.device)]
     made[:, 0], made[:, -1] = first, last
     table = model.encoder.get_input_embeddings().weight.detach()[words]  # (V, E)
@@ -1005,8 +1024,11 @@ def privacy_report(world, setup, state):
         rotation = SubspaceRotation(setup["bases"][k].to(world.device),
                                     setup["turns"][k].to(world.device))
         seen = rotation.rotate(states)
+        # W leaves what is orthogonal to V alone. V holds the strongest directions of the states,
+        # turned only among themselves, so the traffic's own strongest directions span it too.
         inner = principal_directions(seen, rotation.basis.shape[1])
         outer = torch.eye(world.width).to(inner) - inner @ inner.T
+        # W is the same for every word: a hundred known ones give it away
         undo = procrustes(view, seen[:100]).T
         for name, guesses in (
                 ("under SS-OP", invert(seen, inverter, table)),
@@ -1112,7 +1134,8 @@ def build_parser():
                    help="what an edge takes from the cloud model, UNSPECIFIED 9 (default 1; small "
                    "world 0)")
     g.add_argument("--warmup-steps", type=number(int, low=1), default=None,
-                   help="local steps before the fingerprint (default 10; small world 26)")
+                   help="local steps before the fingerprint (default 30; small world 26): after 10, "
+                   "clients of few classes predict one class on every probe and trust is noise")
     g.add_argument("--fingerprint-rank", type=number(int, low=1), default=12,
                    help="directions the fingerprint keeps, UNSPECIFIED 1 (default %(default)s)")
     g.add_argument("--neighbours", type=number(int, low=1), default=3,
