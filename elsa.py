@@ -1134,8 +1134,8 @@ def build_parser():
                    help="what an edge takes from the cloud model, UNSPECIFIED 9 (default 1; small "
                    "world 0)")
     g.add_argument("--warmup-steps", type=number(int, low=1), default=None,
-                   help="local steps before the fingerprint (default 30; small world 26): after 10, "
-                   "clients of few classes predict one class on every probe and trust is noise")
+                   help="local steps before the fingerprint (default 30; small world 26); after 10 "
+                   "a client of few classes still predicts one class on every probe")
     g.add_argument("--fingerprint-rank", type=number(int, low=1), default=12,
                    help="directions the fingerprint keeps, UNSPECIFIED 1 (default %(default)s)")
     g.add_argument("--neighbours", type=number(int, low=1), default=3,
@@ -1264,31 +1264,33 @@ def draw_figure(world, result, path):
              title="Behavioural distance")
     okabe_ito = ["#777777", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#0072B2"]
     for m, colour in zip(METHODS, okabe_ito, strict=True):  # colour-blind safe
-        history = result["results"].get(m, {}).get("history", [])
+        if m not in result["results"]:
+            continue
+        history = result["results"][m]["history"]
         rounds = [h["round"] for h in history]
         middle.plot(rounds, [h["served"] for h in history], color=colour, lw=2, marker="o", ms=3,
                     label=LABELS[m] + (", edges" if m == "elsa" else ""))
-        if m == "elsa" and history:
+        if m == "elsa":
             middle.plot(rounds, [h["cloud"] for h in history], color=colour, ls="--",
                         label="ELSA, cloud")
             for e in range(len(history[-1]["edges"])):
                 middle.plot(rounds, [h["edges"][e] for h in history], color=colour, lw=.6, alpha=.5)
-    handles, labels = middle.get_legend_handles_labels()
-    some = [i for i, label in enumerate(labels) if len(handles[i].get_xdata())]
-    middle.legend([handles[i] for i in some], [labels[i] for i in some], frameon=False)
+    middle.legend(frameon=False)
+    middle.xaxis.get_major_locator().set_params(integer=True)
     middle.set(xlabel="edge round", ylabel="accuracy on honest clients' tests (%)", ylim=(0, 101),
                title="Accuracy")
-    for kind, colour, mark in (("none", "#000000", "s"), ("sketch, median", "#D55E00", "o"),
-                               ("sketch, lsq", "#E69F00", "o"), ("lowrank", "#009E73", "^"),
-                               ("quant", "#0072B2", "D")):
-        rows = sorted(r[1:] for r in result.get("curve", []) if r[0].startswith(kind))
-        right.plot([r[0] for r in rows], [r[2] for r in rows], color=colour, marker=mark,
-                   label=kind)
-    right.set(xlabel="bytes on the link, as a share", ylabel="accuracy served (%)", ylim=(0, 101),
-              title="Read through a channel")
     if result.get("curve"):
+        for kind, colour, mark in (("none", "#000000", "s"), ("sketch, median", "#D55E00", "o"),
+                                   ("sketch, lsq", "#E69F00", "o"), ("lowrank", "#009E73", "^"),
+                                   ("lowrank, 8 bits", "#CC79A7", "v"), ("quant", "#0072B2", "D")):
+            name = {"quant": ("quant, 8 bits", "quant, 4 bits", "quant, 2 bits")}.get(kind, (kind,))
+            rows = sorted(r[1:] for r in result["curve"] if r[0] in name)
+            right.plot([r[0] for r in rows], [r[2] for r in rows], color=colour, marker=mark,
+                       label=kind)
         right.set(xscale="log")
         right.legend(frameon=False)
+    right.set(xlabel="bytes on the link, as a share", ylabel="accuracy served (%)", ylim=(0, 101),
+              title="Read through a channel")
     figure.suptitle(f"ELSA on {result['dataset']}, seed {world.args.seed}")
     common.atomic_write(path, lambda p: figure.savefig(p, dpi=130))
     plt.close(figure)
