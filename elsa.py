@@ -242,17 +242,21 @@ class Codec:
     """What one tensor becomes on its way: reduced (CountSketch, Projection or None), quantised.
 
     codec(x) -> what the other side holds, and the bytes that went: bits / 8 per number sent, and
-    with bits < 32 four more for the scale of each vector.
+    with bits < 32 four more for the scale of each vector. send(x) is what an observer sees.
     """
 
     def __init__(self, reduce=None, bits=32):
         self.reduce, self.bits = reduce, bits
 
-    def __call__(self, x):
+    def send(self, x):
         sent = x if self.reduce is None else self.reduce.encode(x)
+        return sent if self.bits == 32 else quantise(sent, self.bits)
+
+    def __call__(self, x):
+        sent = self.send(x)
         size = sent.numel() * self.bits / 8
         if self.bits < 32:
-            sent, size = quantise(sent, self.bits), size + 4 * sent[..., 0].numel()
+            size += 4 * sent[..., 0].numel()
         return (sent if self.reduce is None else self.reduce.decode(sent)), size
 
 
@@ -978,15 +982,16 @@ def round_seconds(world, groups, history):
     return slowest
 
 
-def privacy_report(world, setup, state):
-    """Step 8 under attack: how many words an observer of part 1's states recovers, in percent.
+def privacy_report(world, setup, state, codec=None):
+    """Steps 8 and 9 under attack: how many words an observer of part 1's states gets, in percent.
 
-    The observer has the public model and an inverter fitted on 2000 random texts, knows r, and for
-    each of up to four clients sees the states of 200 test texts under that client's W.
+    The observer has the public model and an inverter fitted on 2000 random texts, knows r and the
+    codec with its hashes, and for each of up to four clients sees what 200 test texts become under
+    that client's W and the codec (None: sent as they are).
         in the clear   the inverter on states without SS-OP
         under SS-OP    the same on rotated states
         complement     fitted and read outside the subspace that carries most of the traffic
-        Procrustes     W estimated from 100 tokens of a text the observer knows, then undone
+        Procrustes     W estimated from 100 tokens the observer knows, and the inverter fitted anew
     Under --ssop link that observer sits on the link, and the edge reads in the clear; under edge it
     is the edge itself. -> rows (attack, top-1, top-5), all without the 100 known tokens.
     """
@@ -1012,29 +1017,32 @@ def privacy_report(world, setup, state):
         load_adapters(model, state)
         states = model.part1(ids, mask, p)[0][inside]  # (M, D), what the client really sends
     wanted = model.encoder.get_input_embeddings().weight.detach()[made[:, 1:-1].flatten()]
-    inverter = fit_inverter(public, wanted)
+    send, lift = (lambda x: x) if codec is None else codec.send, torch.eye(world.width)
+    if codec is not None and codec.reduce is not None:  # encoders are linear: x -> x M
+        lift = torch.linalg.pinv(codec.reduce.encode(lift.to(world.device)))
+    inverter = fit_inverter(send(public), wanted)
 
     def rate(guesses):
         hit = guesses[100:] == truth[100:, None]
         return [100 * hit[:, :1].any(1).double().mean().item(),
                 100 * hit.any(1).double().mean().item()]
 
-    rows = {"in the clear": [rate(invert(states, inverter, table))]}
+    rows = {"in the clear": [rate(invert(send(states), inverter, table))]}
     for k in range(min(4, len(world.clients))):
         rotation = SubspaceRotation(setup["bases"][k].to(world.device),
                                     setup["turns"][k].to(world.device))
-        seen = rotation.rotate(states)
+        seen = send(rotation.rotate(states))
         # W leaves what is orthogonal to V alone. V holds the strongest directions of the states,
         # turned only among themselves, so the traffic's own strongest directions span it too.
         inner = principal_directions(seen, rotation.basis.shape[1])
-        outer = torch.eye(world.width).to(inner) - inner @ inner.T
+        outer = torch.eye(len(inner)).to(inner) - inner @ inner.T
         # W is the same for every word: a hundred known ones give it away
-        undo = procrustes(view, seen[:100]).T
-        for name, guesses in (
-                ("under SS-OP", invert(seen, inverter, table)),
-                ("complement", invert(seen @ outer, fit_inverter(public @ outer, wanted), table)),
-                ("Procrustes", invert(seen @ undo, inverter, table))):
-            rows.setdefault(name, []).append(rate(guesses))
+        guess = procrustes(view, seen[:100] @ lift.to(seen))
+        for name, there, fitted in (
+                ("under SS-OP", seen, inverter),
+                ("complement", seen @ outer, fit_inverter(send(public) @ outer, wanted)),
+                ("Procrustes", seen, fit_inverter(send(public @ guess), wanted))):
+            rows.setdefault(name, []).append(rate(invert(there, fitted, table)))
     return [[name, *np.mean(found, 0).tolist()] for name, found in rows.items()]
 
 
@@ -1344,8 +1352,10 @@ def report(world, run, state):
     if shown == "elsa":
         result["seconds"] = placement_table(world, run, groups, results[shown]["history"])
     if shown == "elsa" and args.attack:
+        codecs, _ = make_codecs(args, setup, world.width, world.device)
         result["privacy"] = privacy_report(
-            world, setup, common.to_device(state["trained"]["elsa"]["cloud"], world.device))
+            world, setup, common.to_device(state["trained"]["elsa"]["cloud"], world.device),
+            codecs.get("activations up"))
         run.table([f"\nwords recovered, r = {args.ssop_rank}", "top-1 %", "top-5 %"],
                   result["privacy"])
     if shown == "elsa" and args.curve:

@@ -75,6 +75,8 @@ def plan(world):
             if name.startswith("sketch"):
                 for mode in ("link", "edge"):
                     found[f"{name} {mode}"] = ("elsa", {**flags, "ssop": mode, "ssop_rank": 32})
+        for name in ("lowrank 0.25 8 bit", "lowrank 0.125 8 bit"):
+            found[f"{name} link"] = ("elsa", {**channels()[name], "ssop": "link", "ssop_rank": 32})
         found["quant 8 bit edge"] = ("elsa", {**channels()["quant 8 bit"], "ssop": "edge",
                                               "ssop_rank": 32})
     return found
@@ -176,10 +178,8 @@ def read_run(folder, only):
         ranks = [r for r in (8, 32, 128) if r <= largest]
         privacy = {r: elsa.privacy_report(world, cut_setup(setup, r, seed), state["cloud"])
                    for r in ranks} if not only else {}
-        print("| r | attack | top-1 % | top-5 % |\n|---|---|---|---|")
-        for rank, rows in privacy.items():
-            for name, first, five in rows:
-                print(f"| {rank} | {name} | {first:.1f} | {five:.1f} |")
+        if not only:
+            print_attacks(world, flags, setup, state["cloud"], privacy)
         print("\n| channel | bytes | error | served % | cloud % |\n|---|---|---|---|---|")
         small = cut_setup(setup, min(32, largest), seed)
         x = None
@@ -197,6 +197,25 @@ def read_run(folder, only):
             share = link.sent[elsa.EXCHANGES[0]] / (4 * x.numel())
             print(f"| {name} | {share:.3f} | {error:.2f} | {found['served']:.1f} | "
                   f"{found['cloud']:.1f} |", flush=True)
+
+
+def print_attacks(world, flags, setup, state, by_rank):
+    """The attacks at several ranks without a channel, then through every channel at one rank."""
+    print("| r | attack | top-1 % | top-5 % |\n|---|---|---|---|")
+    for rank, rows in by_rank.items():
+        for name, first, five in rows:
+            print(f"| {rank} | {name} | {first:.1f} | {five:.1f} |")
+    rank = min(32, setup["bases"][0].shape[1])
+    print(f"\nthrough a channel, r {rank}, top-1 % | in the clear | under SS-OP | complement | "
+          "Procrustes |\n|---|---|---|---|---|")
+    small = cut_setup(setup, rank, flags.seed)
+    for name, change in channels().items():
+        if not name.startswith("adapters") and not name.endswith("lsq"):  # lsq sends the same
+            vars(flags).update(change)
+            codec = elsa.make_codecs(flags, setup, world.width, world.device)[0][elsa.EXCHANGES[0]]
+            rows = elsa.privacy_report(world, small, state, codec)
+            print(f"| {name.removesuffix(' median')} | "
+                  + " | ".join(f"{row[1]:.1f}" for row in rows) + " |", flush=True)
 
 
 def spread(numbers, digits=1):

@@ -627,6 +627,16 @@ def test_small_world_shows_domains_and_liars(tmp_path):
     assert len(pairs) == 3 and len({c for _, c in pairs}) == 3
     assert min(setup["trust"][k] for k in world.honest) > \
         max(setup["trust"][k] for k in world.poisoned)
+    # The observer who sees what a channel sends instead of the states themselves
+    plain = elsa.privacy_report(world, setup, world.start)
+    assert [row[0] for row in plain] == ["in the clear", "under SS-OP", "complement", "Procrustes"]
+    assert plain[0][1] > 95 and plain[3][1] > 95 and plain[1][1] < 80
+    assert elsa.privacy_report(world, setup, world.start, elsa.Codec()) == plain
+    sketch = elsa.CountSketch(world.width, .25, generator=torch.Generator().manual_seed(0))
+    through = elsa.privacy_report(world, setup, world.start, elsa.Codec(sketch))
+    rounded = elsa.privacy_report(world, setup, world.start, elsa.Codec(None, 8))
+    assert 10 < through[0][1] < plain[0][1] - 5 and through[3][1] > through[1][1] + 10
+    assert max(abs(a[1] - b[1]) for a, b in zip(plain, rounded, strict=True)) < 10
 
 
 # ================================================================================================
