@@ -388,19 +388,26 @@ def trust_scores(distance, probabilities, neighbours=3):
     """How far each client's probe predictions agree with its behavioural neighbours' -> (N,).
 
     distance (N, N); probabilities (N, Q, C): every client's predictions on the probes.
-    UNSPECIFIED 2: the consensus on a probe is the neighbours' mean prediction weighted by their
-    confidence max_c; trust is the share of probes on which the client's class is the consensus's.
+    UNSPECIFIED 2: honest clients hold different classes and so predict them unequally often. Each
+    is therefore read relative to its own prior, and judged by what it can know: a probe counts as
+    much as the client's prior of the class that the neighbours agree on. Plain agreement takes
+    label skew for dishonesty (benchmarks/RESULTS.md has both).
     """
     n = len(distance)
+    prior = probabilities.mean(1)  # (N, C)
+    lift = probabilities / prior[:, None].clamp(min=1e-12)
+    lift = lift / lift.sum(-1, keepdim=True)  # (N, Q, C), what p(c|x) would be with even classes
     far = distance + torch.diag(torch.full((n,), torch.inf, dtype=distance.dtype))
     scores = []
     for k in range(n):
         near = far[k].argsort(stable=True)[:min(neighbours, n - 1)]
-        confidence = probabilities[near].amax(-1, keepdim=True)  # (m, Q, 1)
-        consensus = (confidence * probabilities[near]).sum(0)  # (Q, C), not normalised
-        # Step 4: trust_k = mean over probes of [argmax p_k = argmax of the consensus]
-        agree = probabilities[k].argmax(-1) == consensus.argmax(-1)
-        scores.append(agree.double().mean())
+        confidence = lift[near].amax(-1, keepdim=True)  # (m, Q, 1)
+        consensus = (confidence * lift[near]).sum(0).argmax(-1)  # (Q,)
+        # Step 4: trust_k = Σ_x w_k(x) [argmax lift_k(x) = consensus(x)] / Σ_x w_k(x), where
+        # w_k(x) = prior_k(consensus(x))
+        weight = prior[k][consensus].double()
+        agree = lift[k].argmax(-1) == consensus
+        scores.append((weight * agree).sum() / weight.sum().clamp(min=1e-12))
     return torch.stack(scores)
 
 

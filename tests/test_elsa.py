@@ -84,23 +84,47 @@ def test_symmetric_kl_equals_torch_distributions():
     assert elsa.symmetric_kl(p, p).abs() < 1e-10 and expected > 1
 
 
-def test_trust_is_agreement_with_the_confident_neighbours():
-    # Clients 0-2 are near each other, 3 is far. Two probes, three classes.
+def test_trust_is_agreement_with_the_confident_neighbours_on_what_one_knows():
+    # Clients 0-2 are near each other, 3 is far. Four probes, three classes.
     distance = torch.tensor([[0., 1, 1, 9], [1, 0, 1, 9], [1, 1, 0, 9], [9, 9, 9, 0]]).double()
-    sure, unsure = [.9, .05, .05], [.4, .3, .3]
-    p = torch.tensor([[sure, sure], [unsure, sure], [[.1, .1, .8], sure],
-                      [[0, 1., 0], [0, 1., 0]]])
-    trust = elsa.trust_scores(distance, p.double(), neighbours=2)
-    expected = []
-    for k in range(4):  # by hand
+    sure, unsure, third, second = [.9, .05, .05], [.4, .3, .3], [.1, .1, .8], [.2, .7, .1]
+    p = torch.tensor([[sure, sure, third, second], [unsure, sure, third, second],
+                      [third, sure, third, second],
+                      [[.1, .85, .05], [.1, .8, .1], [.3, .4, .3], [.6, .3, .1]]]).double()
+    trust = elsa.trust_scores(distance, p, neighbours=2)
+    prior, lift = np.zeros((4, 3)), np.zeros((4, 4, 3))
+    for k in range(4):  # by hand: over the client's own prior, then to one
+        for c in range(3):
+            prior[k, c] = sum(p[k, probe, c] for probe in range(4)) / 4
+        for probe in range(4):
+            lift[k, probe] = [p[k, probe, c] / prior[k, c] for c in range(3)]
+            lift[k, probe] /= lift[k, probe].sum()
+    for k in range(4):
         near = sorted((j for j in range(4) if j != k), key=lambda j: (distance[k, j], j))[:2]
-        hits = 0
-        for probe in range(2):
-            total = sum(p[j, probe].max() * p[j, probe] for j in near)
-            hits += int(total.argmax() == p[k, probe].argmax())
-        expected.append(hits / 2)
-    assert trust.tolist() == expected and expected[3] == 0 and max(expected) == 1
-    assert elsa.trust_scores(distance[:1, :1], p[:1].double()).shape == (1,)
+        good = total = 0
+        for probe in range(4):
+            votes = sum(lift[j, probe].max() * lift[j, probe] for j in near)
+            weight = prior[k, votes.argmax()]
+            total += weight
+            good += weight * (votes.argmax() == lift[k, probe].argmax())
+        assert trust[k].item() == pytest.approx(good / total)
+    assert trust[3] < .5 < .7 < trust.max() and len(set(trust.tolist())) > 2
+    assert elsa.trust_scores(distance[:1, :1], p[:1]).shape == (1,)
+
+
+def test_trust_sees_through_label_skew_but_not_through_flipped_labels():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 300)
+    likelihood = np.exp(3 * np.eye(3)[truth] + rng.normal(size=(300, 3)))
+    priors = np.array([[.98, .01, .01], [.01, .98, .01], [.01, .01, .98], [.34, .33, .33]])
+    flipped = likelihood[:, ::-1] * priors[3]
+    p = torch.tensor(np.concatenate([likelihood * priors[:, None], flipped[None]]))
+    p = p / p.sum(-1, keepdim=True)
+    plain = (p.argmax(-1) == p[3].argmax(-1)).double().mean(-1)
+    trust = elsa.trust_scores(torch.ones(5, 5).double(), p, neighbours=4)
+    floor = .6 * trust.median()
+    assert plain[:3].max() < .6 * plain.max()  # who holds nearly one class would fall to the floor
+    assert trust[:4].min() > 1.2 * floor and trust[4] < .8 * floor
 
 
 def agglomerate(distance, clusters):
