@@ -855,6 +855,19 @@ def test_flat_split_training_without_channel_is_fedavg(small, tmp_path):
     assert len(a) > 10 and all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_edges_that_follow_the_cloud_every_round_are_fedavg(small, tmp_path):
+    """Means of means by samples are the mean: who keeps everybody and mixes fully is flat. Not so
+    when the cloud comes every other round."""
+    words = ["--method", "fedavg,elsa", "--channel", "none", "--ssop", "none", "--no-trust"]
+    for every, same in ((1, True), (2, False)):
+        out = tmp_path / str(every)
+        elsa.main(arguments(small, *words, "--rounds", 3, "--cloud-every", every, "--out-dir", out))
+        found = torch.load(out / "checkpoint.pt", weights_only=True)["state"]["trained"]
+        flat, edges = found["fedavg"]["cloud"], found["elsa"]["cloud"]
+        gap = max((flat[n] - edges[n]).abs().max().item() for n in flat)
+        assert len(found["elsa"]["edges"]) == 2 and (gap < 1e-5 if same else gap > 1e-3), gap
+
+
 # ------------------------------------------------------------------------------------------------
 # Fallbacks and bad input
 # ------------------------------------------------------------------------------------------------
