@@ -752,22 +752,23 @@ def set_up(world, run):
     if args.channel == "lowrank" or args.curve:  # what `lowrank` keeps, learned on public texts
         weights = [len(c[0]) for c in world.clients]
         mean = fedavg([common.to_device(f["adapters"], world.device) for f in found], weights)
-        directions = public_directions(world, mean)
-    q, rotation = len(world.probe_ids), found[0]["basis"].numel() + turns[0].numel()
+        directions = {str(cut): public_directions(world, mean, cut) for cut in set(world.cuts)}
+    q, rotations = len(world.probe_ids), sum(f["basis"].numel() for f in found)
+    rotations += sum(turn.numel() for turn in turns)
     once = {"probe states up": 4 * n * q * world.width,
             "probe predictions up": 4 * n * q * len(world.texts.class_names),
-            "rotations up": 4 * n * rotation if args.ssop == "link" else 0}
+            "rotations up": 4 * rotations if args.ssop == "link" else 0}
     return {"distance": distance, "trust": trust, "bases": [f["basis"] for f in found],
             "turns": turns, "directions": directions, "once": once}
 
 
-def public_directions(world, state):
-    """What crosses on the probes, exchange by exchange: principal directions (D, up to D).
+def public_directions(world, state, cut):
+    """What crosses a cut on the probes, exchange by exchange: principal directions (D, up to D).
 
-    state: the mean of the clients' warm-up adapters; the cut is the first client's. Gradients need
-    labels: the model's own guesses are drawn, so nothing private is used.
+    state: the mean of the clients' warm-up adapters. Gradients need labels: the model's own guesses
+    are drawn, so nothing private is used.
     """
-    model, (p, q) = world.model, world.cuts[0]
+    model, (p, q) = world.model, cut
     load_adapters(model, state)
     common.seed_torch(world.args.seed, "probe labels")
     up, bias = model.part1(world.probe_ids, world.probe_mask, p)
@@ -821,7 +822,7 @@ def place_clients(world, method, setup):
 # -- Steps 7 to 10 -------------------------------------------------------------------------------
 
 
-def make_codecs(args, setup, width, device):
+def make_codecs(args, setup, width, device, cut):
     """The channel of the flags: exchange -> Codec for states and gradients, one for adapters."""
     if args.channel == "none":
         return {}, None
@@ -833,7 +834,7 @@ def make_codecs(args, setup, width, device):
     if args.channel == "lowrank":
         rank = max(int(args.ratio * width), 1)
         reduce |= {name: Projection(basis[:, :rank].to(device))
-                   for name, basis in setup["directions"].items()}
+                   for name, basis in setup["directions"][str(cut)].items()}
     # DEVIATION 1 and UNSPECIFIED 8: which of these is --channel, and on what it stands, --sketch
     codecs = {name: Codec(r, args.bits) for name, r in reduce.items()}
     updates = codecs.pop("adapters")
@@ -859,8 +860,10 @@ def open_links(world, method, groups, setup):
     cuts = {k: world.cuts[k % len(world.clients)] for k in members}  # N is the pool: any cut
     if method not in ("split-flat", "hier-random", "elsa"):
         return dict.fromkeys(members), cuts, None
-    codecs, update_codec = make_codecs(world.args, setup, world.width, world.device)
-    return {k: make_link(world, setup, k, codecs) for k in members}, cuts, update_codec
+    codecs = {cut: make_codecs(world.args, setup, world.width, world.device, cut)
+              for cut in set(cuts.values())}
+    return ({k: make_link(world, setup, k, codecs[cut][0]) for k, cut in cuts.items()}, cuts,
+            codecs[cuts[members[0]]][1])
 
 
 def client_round(world, start, client, link, cut, update_codec, round_):
@@ -1075,10 +1078,11 @@ def channel_curve(world, run, setup, state):
     for channel, ratio, recovery, bits in CURVE:
         vars(args).update(channel=channel, ratio=ratio, recovery=recovery, bits=bits,
                           sketch="activations", ssop="none")
-        codecs, _ = make_codecs(args, setup, world.width, world.device)
-        links = {k: Link(codecs) for k in range(len(world.clients))}
+        codecs = {cut: make_codecs(args, setup, world.width, world.device, cut)[0]
+                  for cut in set(world.cuts)}
+        links = {k: Link(codecs[cut]) for k, cut in enumerate(world.cuts)}
         common.seed_torch(args.seed, "curve")
-        link = Link(codecs)
+        link = Link(codecs[world.cuts[0]])
         error = (link.carry(x, EXCHANGES[0]) - x)[mask > 0].norm() / x[mask > 0].norm()
         found = evaluate(world, run, groups, state, links, cuts)
         name = {"none": "none", "sketch": f"sketch, {recovery}", "lowrank": "lowrank",
@@ -1359,7 +1363,7 @@ def report(world, run, state):
     if shown == "elsa":
         result["seconds"] = placement_table(world, run, groups, results[shown]["history"])
     if shown == "elsa" and args.attack:
-        codecs, _ = make_codecs(args, setup, world.width, world.device)
+        codecs, _ = make_codecs(args, setup, world.width, world.device, world.cuts[0])
         result["privacy"] = privacy_report(
             world, setup, common.to_device(state["trained"]["elsa"]["cloud"], world.device),
             codecs.get("activations up"))

@@ -167,7 +167,8 @@ def read_run(folder, only):
         world, setup, models = elsa.build_federation(flags, run), state["setup"], state["trained"]
         state, seed = models["elsa"], flags.seed
         if not setup["directions"]:
-            setup["directions"] = elsa.public_directions(world, state["cloud"])
+            setup["directions"] = {str(cut): elsa.public_directions(world, state["cloud"], cut)
+                                   for cut in set(world.cuts)}
         groups = list(elsa.place_clients(world, "elsa", setup)[0].values())
         cuts = {k: world.cuts[k] for g in groups for k in g}
         wanted = {"none": PLAIN, **channels()}
@@ -186,7 +187,7 @@ def read_run(folder, only):
         x = None
         for name, change in wanted.items():
             vars(flags).update(change)
-            codecs, _ = elsa.make_codecs(flags, small, world.width, world.device)
+            codecs, _ = elsa.make_codecs(flags, small, world.width, world.device, world.cuts[0])
             links = {k: elsa.make_link(world, small, k, codecs) for k in range(len(world.clients))}
             found = elsa.evaluate(world, run, groups, state, links, cuts)
             if x is None:
@@ -213,8 +214,8 @@ def print_attacks(world, flags, setup, state, by_rank):
     for name, change in channels().items():
         if not name.startswith("adapters") and not name.endswith("lsq"):  # lsq sends the same
             vars(flags).update(change)
-            codec = elsa.make_codecs(flags, setup, world.width, world.device)[0][elsa.EXCHANGES[0]]
-            rows = elsa.privacy_report(world, small, state, codec)
+            codecs, _ = elsa.make_codecs(flags, setup, world.width, world.device, world.cuts[0])
+            rows = elsa.privacy_report(world, small, state, codecs[elsa.EXCHANGES[0]])
             print(f"| {name.removesuffix(' median')} | "
                   + " | ".join(f"{row[1]:.1f}" for row in rows) + " |", flush=True)
 

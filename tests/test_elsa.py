@@ -337,8 +337,8 @@ def make_codecs(**flags):
             "sketch": "activations", "seed": 0}
     directions = {n: torch.linalg.qr(randn(24, 24, seed=i, dtype=torch.float32))[0]
                   for i, n in enumerate(elsa.EXCHANGES)}
-    return elsa.make_codecs(SimpleNamespace(**{**base, **flags}), {"directions": directions}, 24,
-                            "cpu")
+    setup = {"directions": {"(1, 2)": directions}}
+    return elsa.make_codecs(SimpleNamespace(**{**base, **flags}), setup, 24, "cpu", (1, 2))
 
 
 B, T, D = 5, 7, 24
@@ -800,7 +800,8 @@ def test_ctrl_c_says_how_to_go_on(small, tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(small, tmp_path):
-    words = arguments(small, "--method", "elsa,local", "--channel", "quant", "--split", "auto")
+    words = arguments(small, "--method", "elsa,local", "--channel", "lowrank", "--bits", 8,
+                      "--split", "auto")
     assert exit_code(elsa.main, [*words, "--out-dir", tmp_path / "one"]) == 0
     out, _ = start(SCRIPT, [*words, "--out-dir", tmp_path / "two"],
                    launcher=torchrun(offset=5)).communicate(timeout=300)
@@ -837,6 +838,24 @@ def test_options_change_the_run(small, tmp_path, flags, plain_heads):
     else:
         assert len(a) != len(plain_heads) or any(
             not torch.equal(x, y) for x, y in zip(a, plain_heads, strict=True))
+
+
+def test_low_rank_directions_are_those_of_each_clients_cut(small, tmp_path):
+    """Other tensors cross at other cuts, which --split auto gives to other clients."""
+    args = elsa.resolve(elsa.build_parser().parse_args(arguments(
+        small, "--channel", "lowrank", "--out-dir", tmp_path / "out")))
+    with common.Run(args, "cuts") as run:
+        world = elsa.build_federation(args, run)
+        world.cuts[0], world.cuts[3] = (2, 2), (1, 3)
+        setup = elsa.set_up(world, run)
+        links, cuts, _ = elsa.open_links(world, "elsa", [list(range(5))], setup)
+    assert len(set(world.cuts)) > 1 and setup["directions"].keys() == {str(c) for c in world.cuts}
+    for k, cut in enumerate(world.cuts):
+        basis = links[k].codecs["activations down"].reduce.basis
+        mine = setup["directions"][str(cut)]["activations down"][:, :8]
+        assert cuts[k] == cut and torch.equal(basis, mine)
+    first, second = (setup["directions"][str(c)] for c in sorted(set(world.cuts))[:2])
+    assert not torch.allclose(first["activations down"], second["activations down"])
 
 
 @pytest.fixture(scope="module")
