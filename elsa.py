@@ -1301,11 +1301,11 @@ def draw_figure(world, result, path):
     if result.get("curve"):
         for kind, colour, mark in (("none", "#000000", "s"), ("sketch, median", "#D55E00", "o"),
                                    ("sketch, lsq", "#E69F00", "o"), ("lowrank", "#009E73", "^"),
-                                   ("lowrank, 8 bits", "#CC79A7", "v"), ("quant", "#0072B2", "D")):
+                                   ("quant", "#0072B2", "D"), ("lowrank, 8 bits", "#CC79A7", "*")):
             name = {"quant": ("quant, 8 bits", "quant, 4 bits", "quant, 2 bits")}.get(kind, (kind,))
             rows = sorted(r[1:] for r in result["curve"] if r[0] in name)
             right.plot([r[0] for r in rows], [r[2] for r in rows], color=colour, marker=mark,
-                       label=kind)
+                       ms=13 if mark == "*" else 6, label=kind)
         right.set(xscale="log")
         right.legend(frameon=False)
     right.set(xlabel="bytes on the link, as a share", ylabel="accuracy served (%)", ylim=(0, 101),
