@@ -938,7 +938,7 @@ def evaluate(world, run, groups, state, links, cuts):
     served: by the model of the client's edge (the cloud's if it has none); cloud: by the cloud
     model; edges: served, of each edge's honest clients by themselves.
     """
-    # Clients whose labels were spoilt are left out: nobody can say what they ought to be served.
+    # Clients that --poison made unreliable are left out: what they are served is nobody's loss.
     edge_of = {k: e for e, g in enumerate(groups) for k in g}
     pooled = len(world.clients) in edge_of
     n_edges, hits = len(groups), {}
