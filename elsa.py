@@ -74,7 +74,8 @@ Where we depart (the marks can be searched for)
     UNSPECIFIED 7 SS-OP's formula, where V comes from, one W for both cuts, who knows W (--ssop).
                   A rotation gives no differential privacy; --attack shows what it hides.
     UNSPECIFIED 8 the sketch's hashes; k, ρ and the recovery (--sketch-rows, --ratio, --recovery).
-    UNSPECIFIED 9 what edges take from a cloud round (--cloud-mix), and every learning setting.
+    UNSPECIFIED 9 how often the cloud averages (--cloud-every), what edges take from it
+                  (--cloud-mix), and every learning setting.
 
 References
     LoRA: Hu et al., ICLR 2022. Split learning: Gupta and Raskar, 2018. Hierarchical FedAvg: Liu et
@@ -107,10 +108,10 @@ LABELS = {"central": "centralised LoRA", "local": "local", "fedavg": "FedAvg, un
 # seeds 100 and 101, which benchmarks/RESULTS.md does not report.
 REAL = {"model": "bert-base-uncased", "method": "elsa", "rounds": 10, "lr": 1e-3, "batch": 32,
         "alpha": .5, "dropout": .1, "channel": "sketch", "attack": False, "curve": False,
-        "cloud_every": 1, "cloud_mix": 1.0, "poison": "", "ssop_rank": 32, "warmup_steps": 30}
+        "cloud_mix": 1.0, "poison": "", "ssop_rank": 32, "warmup_steps": 30}
 SMALL = {"model": "tiny", "method": "fedavg,elsa", "rounds": 4, "lr": 3e-3, "batch": 16,
          "alpha": 3.0, "dropout": 0.0, "channel": "quant", "attack": True, "curve": True,
-         "cloud_every": 2, "cloud_mix": 0.0, "poison": "label-flip:2,random:1", "threads": 1,
+         "cloud_mix": 0.0, "poison": "label-flip:2,random:1", "threads": 1,
          "ssop_rank": 16, "warmup_steps": 26}
 
 # ================================================================================================
@@ -1147,8 +1148,8 @@ def build_parser():
                    help="AdamW (default 1e-3; small world 3e-3)")
     g.add_argument("--weight-decay", type=number(float, low=0), default=.01, help="AdamW")
     g.add_argument("--edges", type=number(int, low=1), default=3, help="E (default %(default)s)")
-    g.add_argument("--cloud-every", type=number(int, low=1), default=None,
-                   help="edge rounds between cloud rounds (default 1; small world 2)")
+    g.add_argument("--cloud-every", type=number(int, low=1), default=2,
+                   help="edge rounds between cloud rounds (default %(default)s)")
     g.add_argument("--cloud-mix", type=number(float, low=0, high=1), default=None,
                    help="what an edge takes from the cloud model, UNSPECIFIED 9 (default 1; small "
                    "world 0)")

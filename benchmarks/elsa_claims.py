@@ -65,7 +65,7 @@ def plan(world):
         found["elsa cloud mix 1"] = ("elsa", {"cloud_mix": 1.0})
     else:
         found["elsa no trust"] = ("elsa", {**PLAIN, "no_trust": True})
-        found["elsa cloud 2"] = ("elsa", {**PLAIN, "cloud_every": 2})
+        found["elsa cloud 1"] = ("elsa", {**PLAIN, "cloud_every": 1})
     found["ssop none"] = ("elsa", PLAIN)
     found["ssop link"] = ("elsa", {**PLAIN, "ssop": "link"})
     for rank in (8, 16, 32) if world == "topics" else (8, 32, 128):

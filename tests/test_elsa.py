@@ -743,7 +743,7 @@ def test_run_leaves_its_files_and_a_result_line(reference):
 def test_bytes_of_a_run_are_those_of_its_texts(small, tmp_path):
     """Each link by the formula, from lengths counted here."""
     words = arguments(small, "--method", "elsa", "--channel", "none", "--rounds", 1, "--no-trust",
-                      "--out-dir", tmp_path / "out")
+                      "--cloud-every", 1, "--out-dir", tmp_path / "out")
     elsa.main(words)
     whole = result(tmp_path / "out")
     found = whole["results"]["elsa"]["bytes"]
