@@ -625,7 +625,7 @@ def test_stage_2_equals_the_plain_arrangement(kind, options):
 def test_a_round_and_its_evaluation_equal_the_plain_arrangement(kind):
     world, start = make_world(kind)
     run = SimpleNamespace(share=list, gather=lambda part: part, log=lambda **row: None,
-                          progress=lambda items, *_, **__: items)
+                          progress=lambda items, *_, **__: items, device="cpu")
     state = dict(start)
     history = fedpurel.train_method(world, run, "fedpurel", state, lambda state: None)
 

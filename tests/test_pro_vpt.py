@@ -927,7 +927,7 @@ def test_killed_and_resumed_ends_with_the_same_numbers(short, reference, tmp_pat
 def test_a_checkpoint_holds_the_allocator_and_its_buffer(options, tmp_path):
     """Taken up from every epoch, also where PPO's memory is under way."""
     def save(now):
-        torch.save(common._to_cpu(now.state_dict()), tmp_path / f"{now.epoch}.pt")
+        torch.save(common.to_device(now.state_dict(), "cpu"), tmp_path / f"{now.epoch}.pt")
 
     whole = pro_vpt.train(make_training(*options), save)
     memories = []
