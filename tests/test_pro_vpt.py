@@ -864,7 +864,7 @@ def short(tmp_path_factory):
     root = tmp_path_factory.mktemp("short")
     write_vtab(root, ["kitti"])
     words = real_words(root, save_vit(root / "vit"), "--dataset", "vtab-kitti", "--seed", "3",
-                       "--method", "vpt-deep,pro-vpt", "--epochs", "40")
+                       "--method", "vpt-deep,pro-vpt", "--epochs", "40", "--threads", "1")
     return [str(w) for w in words]
 
 
