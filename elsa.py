@@ -730,7 +730,7 @@ def warm_up(world, client):
 
 
 def set_up(world, run):
-    """Steps 1-3 and what the channel needs: warm-ups, distances, trust, rotations, directions."""
+    """Steps 1 to 4 and what steps 8 and 9 need: distances, trust, rotations, directions."""
     args, n = world.args, len(world.clients)
     found = run.gather({k: warm_up(world, k) for k in run.share(range(n))})
     found = [common.to_device(found[k], "cpu") for k in range(n)]
@@ -837,7 +837,7 @@ def make_codecs(args, setup, width, device, cut):
         rank = max(int(args.ratio * width), 1)
         reduce |= {name: Projection(basis[:, :rank].to(device))
                    for name, basis in setup["directions"][str(cut)].items()}
-    # DEVIATION 1 and UNSPECIFIED 8: which of these is --channel, and on what it stands, --sketch
+    # DEVIATION 1: lowrank and quant stand beside the paper's sketch, on the same exchanges
     codecs = {name: Codec(r, args.bits) for name, r in reduce.items()}
     updates = codecs.pop("adapters")
     return (codecs if args.sketch in ("activations", "both") else {},
