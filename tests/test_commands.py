@@ -16,7 +16,7 @@ from PIL import Image
 import common
 import data
 import fedpurel
-from tools import ROOT, finish, start, torchrun, wait_for_rows
+from tools import ROOT, finish, kill, start, torchrun, wait_for_rows
 
 SCRIPT = "fedpurel.py"
 COLOURS = [(200, 40, 40), (40, 160, 60), (50, 80, 210), (220, 200, 60), (120, 60, 160),
@@ -118,12 +118,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(pictures, r
     folder = tmp_path / "out"
     words = arguments(pictures, "--rounds", 40, "--out-dir", folder)
     for rows in (13, 47):  # in FedAvg, then in FedPuReL
-        process = start(SCRIPT, [*words, "--resume"] if folder.exists() else words)
-        wait_for_rows(folder, rows, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert not (folder / "result.json").exists()
+        kill(SCRIPT, words, folder, rows)
     finish(start(SCRIPT, [*words, "--resume"]))
     assert_equal_runs(folder, reference[0])
     saved = [

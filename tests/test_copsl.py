@@ -22,6 +22,7 @@ from tools import (
     cut_power,
     exit_code,
     finish,
+    kill,
     log_rows,
     paste,
     pretend_processes,
@@ -572,12 +573,7 @@ def test_same_command_gives_the_same_numbers_and_another_seed_others(run_here):
 def test_killed_and_resumed_ends_with_the_same_numbers(reference, tmp_path):
     folder = tmp_path / "out"
     words = arguments(*LONG, "--out-dir", folder)
-    process = start(SCRIPT, words)
-    wait_for_rows(folder, 25, process)  # in the second method
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (folder / "result.json").exists()
+    kill(SCRIPT, words, folder, 25)  # in the second method
     copsl.main([*words, "--resume"])
     assert_same_run(folder, reference[0])
 

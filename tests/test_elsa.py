@@ -32,6 +32,7 @@ from tools import (
     exit_code,
     finish,
     foreign_names,
+    kill,
     paste,
     result,
     start,
@@ -781,11 +782,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(small, refe
     folder = tmp_path / "out"
     words = arguments(small, *LONG, "--attack", "--curve", "--out-dir", folder)
     for rows in (5, 16):  # in FedAvg, then in ELSA
-        process = start(SCRIPT, [*words, "--resume"] if folder.exists() else words)
-        wait_for_rows(folder, rows, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (folder / "result.json").exists()
+        kill(SCRIPT, words, folder, rows)
     finish(start(SCRIPT, [*words, "--resume"]))
     assert_equal_runs(folder, reference[0])
 

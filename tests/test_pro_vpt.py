@@ -29,6 +29,7 @@ from tools import (
     ROOT,
     exit_code,
     finish,
+    kill,
     method_section,
     paste,
     result,
@@ -913,11 +914,7 @@ def test_killed_and_resumed_ends_with_the_same_numbers(short, reference, tmp_pat
     folder = tmp_path / "killed"
     words = [*short, "--out-dir", str(folder)]
     for rows in (9, 55):  # in the first, then in the second method
-        process = start(SCRIPT, [*words, "--resume"] if folder.exists() else words)
-        wait_for_rows(folder, rows, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (folder / "result.json").exists()
+        kill(SCRIPT, words, folder, rows)
     pro_vpt.main([*words, "--resume"])
     assert_equal_runs(folder, reference[0])
 

@@ -66,6 +66,15 @@ def wait_for_rows(folder, n, process):
         time.sleep(.01)
 
 
+def kill(script, words, folder, rows):
+    """Start a run, or go on with it, and kill it as soon as its log holds so many rows."""
+    process = start(script, [*words, "--resume"] if folder.exists() else words)
+    wait_for_rows(folder, rows, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (folder / "result.json").exists()
+
+
 def result_line(out):
     """The last line of a finished run's output, RESULT key=value ... -> dict of texts."""
     last = out.strip().splitlines()[-1]
