@@ -360,8 +360,8 @@ def test_preferences(n_obj, count):
     """m = 2: `count` points of the segment (default 100); else Das-Dennis (m = 3: 105)."""
     if n_obj == 2:
         t = torch.linspace(0, 1, count or 100, dtype=torch.float64)
-        return torch.stack([t, 1 - t], -1) + 1e-4
-    return data.das_dennis(n_obj, count or (105 if n_obj == 3 else 210)) + 1e-4
+        return torch.stack([t, 1 - t], -1)
+    return data.das_dennis(n_obj, count or (105 if n_obj == 3 else 210))
 
 
 def train_step(world, net, optimizer, p, ranges):

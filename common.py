@@ -520,10 +520,14 @@ def per_class_accuracy(predictions, labels, num_classes):
 
 
 def macro_f1(predictions, labels, num_classes):
-    """Mean F1 over classes that occur in `labels` or `predictions`, in [0, 1]. Both (N,) int."""
+    """Mean F1 over the classes that occur in `labels`, in [0, 1]. Both (N,) int.
+
+    A class that is only predicted costs its victims' recall, but has no F1 of its own: a client
+    that holds 40 of 100 classes is rated by these 40.
+    """
     hits = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
     support = torch.bincount(torch.cat([labels, predictions]), minlength=num_classes)
-    present = support > 0
+    present = torch.bincount(labels, minlength=num_classes) > 0
     return (2 * hits[present] / support[present]).mean().item()
 
 

@@ -24,7 +24,7 @@ Paper map (our numbers, in the order of the paper's method section)
     Eq. E5  hypervolume             evaluate, common.hypervolume
 
 Symbols
-    p         preferences    (S, B, m)       on the simplex, + 1e-4
+    p         preferences    (S, B, m)       on the simplex; + 1e-4 in training
     f         values         (S, K, B, m)    objectives, all minimised
     x         solutions      K x (S, B, n)   in the unit cube; Problem.scale brings them to bounds
     z         ideal          (m,)            reference of the scalarisations; the paper's is 0
@@ -52,11 +52,9 @@ Where we depart (the marks can be searched for)
     DEVIATION 2   all seeds train in one process, each with generators of its own; the authors' code
                   runs them one by one. Same numbers, other random draws.
     DEVIATION 3   --recipe tuned is ours: see TUNED.
-    UNSPECIFIED 1 how GradNorm's weights are stepped: Adam with the networks' learning rate; they
-                  stay above 1e-3.
-    UNSPECIFIED 2 test preferences for m > 3: the largest Das-Dennis set of at most 210 points.
-    UNSPECIFIED 3 the authors' nadirs of RE31, RE32 and RE34 (hv_official): those that give back the
-                  hypervolumes of their code; F3's amplitude likewise (data.py).
+    DEVIATION 4   GradNorm's weights stay above 1e-3: Adam's steps could take one below 0, and its
+                  problem would then be made worse on purpose.
+    UNSPECIFIED 1 test preferences for m > 3: the largest Das-Dennis set of at most 210 points.
 
 References
     PSL: Lin et al., NeurIPS 2022. COSMOS: Ruchte and Grabocka, ICDM 2021. Smooth Tchebycheff: Lin
@@ -235,7 +233,7 @@ def gradnorm_weights(weights, losses, first_losses, norms, optimizer, alpha=1.75
     weights.grad = torch.sign(G - target) * norms
     optimizer.step()
     with torch.no_grad():
-        weights.clamp_(min=1e-3)  # UNSPECIFIED 1
+        weights.clamp_(min=1e-3)  # DEVIATION 4
         weights *= weights.shape[-1] / weights.sum(-1, keepdim=True)
 
 
@@ -289,14 +287,14 @@ class World:
 
 
 def test_preferences(n_obj, count, circle):
-    """m = 2: `count` points on the segment, on the quarter circle if `circle`; else Das-Dennis."""
+    """m = 2: `count` points of the segment, or of the quarter circle; else Das-Dennis. (N, m)."""
     if n_obj == 2:
         t = torch.linspace(0, 1, count or 100, dtype=torch.float64)
         p = torch.stack([t, 1 - t], -1)
         p = F.normalize(p, dim=-1) if circle else p
-    else:  # UNSPECIFIED 2
+    else:  # UNSPECIFIED 1
         p = data.das_dennis(n_obj, count or (105 if n_obj == 3 else 210))
-    return p + 1e-4
+    return p
 
 
 def train_step(world, net, optimizer, p, state):
@@ -346,7 +344,6 @@ def evaluate(world, net):
         # Eq. (E5): HV of (f - low) / (high - low) with reference (1.1, ..., 1.1)
         return common.hypervolume((points.cpu().double() - low) / (high - low), corner)
 
-    # UNSPECIFIED 3: hv_nadir
     return {seed: {"hv": [volume(f[s, k], q.ideal, q.nadir) for k, q in enumerate(world.problems)],
                    "hv_official": [volume(f[s, k], 0 * q.nadir, q.hv_nadir)
                                    for k, q in enumerate(world.problems)]}
@@ -365,8 +362,8 @@ def train(world, run, method, saved, save):
     if method == "copsl-gradnorm":
         state["weights"] = torch.ones(len(world.seeds), len(world.problems), dtype=world.dtype,
                                       device=world.device, requires_grad=True)
-        # UNSPECIFIED 1: Adam, with the networks' learning rate
-        state["weigher"] = torch.optim.Adam([state["weights"]], recipe["lr"])
+        # as the networks' own, so do the authors
+        state["weigher"] = torch.optim.Adam([state["weights"]], recipe["lr"], recipe["betas"])
     history, start, spent = {}, 0, 0.0
     if saved is None:
         history[0] = run.gather(evaluate(world, net))

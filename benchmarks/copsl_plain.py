@@ -45,9 +45,10 @@ class PlainProblem:
                 sum_odd = sum_odd + y
                 count_odd = count_odd + 1.0
         f1 = (1 + 1 / count_odd * sum_odd) * x[:, 0]
-        f2 = (1 + 1 / count_even * sum_even) * (
-            1.0 - torch.sqrt(x[:, 0] / (1.0 + 1 / count_even * sum_even)))
-        return torch.stack([f1, f2]).T
+        return torch.stack([f1, self.second(x[:, 0], 1 / count_even * sum_even)]).T
+
+    def second(self, x1, mean_even):
+        return (1 + mean_even) * (1.0 - torch.sqrt(x1 / (1.0 + mean_even)))
 
 
 class F1(PlainProblem):
@@ -65,8 +66,11 @@ class F2(PlainProblem):
 
 class F3(PlainProblem):
     def term(self, x1, xj, j, n):
-        y = xj - (.4 * torch.sin(4 * math.pi * x1 + j * math.pi / n) + .5)
+        y = xj - .5 * (torch.sin(4 * math.pi * x1 + j * math.pi / n) + 1)
         return y * y
+
+    def second(self, x1, mean_even):  # nothing is divided by 1 + mean_even under this root
+        return (1 + mean_even) * (1.0 - torch.sqrt(x1))
 
 
 class F4(PlainProblem):

@@ -5,17 +5,22 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from PIL import Image
+from torchvision import transforms
 
 import common
 import data
 import fedpurel
+from test_data import list_dtd, list_food101, picture, write_aircraft, write_cifar10, write_pets
 from tools import ROOT, finish, kill, start, torchrun, wait_for_rows
 
 SCRIPT = "fedpurel.py"
@@ -156,9 +161,8 @@ def test_two_processes_give_the_numbers_of_one(pictures, tmp_path, peft):
     """States are gathered and averaged in the same order in every process: equal bit for bit."""
     words = arguments(pictures, "--peft", peft, "--method", "fedpurel,local")
     finish(start(SCRIPT, [*words, "--out-dir", str(tmp_path / "one")]))
-    launcher = torchrun(offset=peft == "lora")
-    out, _ = start(SCRIPT, [*words, "--out-dir", str(tmp_path / "two")],
-                   launcher=launcher).communicate(timeout=300)
+    out, _ = finish(start(SCRIPT, [*words, "--out-dir", str(tmp_path / "two")],
+                          launcher=torchrun()))
     assert out.count("RESULT") == 1
     assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
@@ -213,8 +217,6 @@ def test_official_recipe_leaks_momentum_from_client_to_client(pictures, tmp_path
 
 def write_cifar100(root, monkeypatch):
     """cifar-100-python with 8 training and 2 test images a class, in the very format."""
-    import torchvision
-
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     names = sorted(n for row in data.CIFAR100_COARSE for n in row.split())
@@ -239,13 +241,18 @@ SMALL_VIT = {
 }
 
 
+def add_small_vit(root):
+    """open_clip knows the model small-vit from now on."""
+    (root / "configs").mkdir(exist_ok=True)
+    (root / "configs" / "small-vit.json").write_text(json.dumps(SMALL_VIT))
+    open_clip.add_model_config(root / "configs")
+
+
 @pytest.mark.parametrize("peft", ["prompt", "lora", "adapter"])
 def test_cifar100_lt_with_an_open_clip_model(tmp_path, monkeypatch, peft):
     """Every step after the download: CIFAR pickles, open_clip factory, its 77-token tokenizer."""
     write_cifar100(tmp_path / "data", monkeypatch)
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "small-vit.json").write_text(json.dumps(SMALL_VIT))
-    open_clip.add_model_config(tmp_path / "configs")
+    add_small_vit(tmp_path)
     words = ["--dataset", "cifar100-lt", "--rounds", "1", "--data-dir", str(tmp_path / "data"),
              "--imbalance", "8", "--peft", peft, "--clients", "3", "--groups", "4,2",
              "--method", "zeroshot,fedpurel"]
@@ -264,6 +271,138 @@ def test_cifar100_lt_with_an_open_clip_model(tmp_path, monkeypatch, peft):
     assert results(out) == found
     fedpurel.main([*words, "--model", "small-vit:random", "--recipe", "official",
                    "--out-dir", str(tmp_path / "c")])
+
+
+def federation(root, *words):
+    """What a run with a small, random open_clip model on the files below `root` works on."""
+    add_small_vit(root)
+    args = fedpurel.resolve(fedpurel.build_parser().parse_args([
+        "--model", "small-vit:random", "--data-dir", str(root), "--out-dir", str(root / "out"),
+        "--clients", "2", "--imbalance", "1", *map(str, words)]))
+    with common.Run(args, "federation") as run:
+        return fedpurel.build_federation(args, run)
+
+
+def write_food101(root, _=None):
+    for stem, label in list_food101(root).items():
+        picture(root / "food-101" / "images" / ("apple_pie", "waffles")[label] / f"{stem}.jpg")
+    return ["apple pie", "waffles"]
+
+
+def write_dtd(root, _=None):
+    for stem, label in list_dtd(root).items():
+        picture(root / "dtd" / "dtd" / "images" / ("banded", "dotted")[label] / f"{stem}.jpg")
+    return ["banded", "dotted"]
+
+
+CAPTIONS = {
+    "pets": (write_pets, "a type of pet, a photo of a {}."),
+    "aircraft": (write_aircraft, "a type of aircraft, a photo of a {}."),
+    "food101": (write_food101, "a type of food, a photo of {}."),
+    "dtd": (write_dtd, "a photo of a {} pattern."),
+    "cifar10": (write_cifar10, "a photo of a {}."),
+}
+
+
+@pytest.mark.parametrize("peft", ["adapter", "lora"])
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_the_teacher_reads_the_set_s_caption_and_the_student_the_plain_one(
+        tmp_path, monkeypatch, name, peft):
+    write, caption = CAPTIONS[name]
+    names = write(tmp_path, monkeypatch)
+    names = names[0] if isinstance(names, tuple) else names
+    world = federation(tmp_path, "--dataset", f"{name}-lt", "--peft", peft)
+    tokenizer = open_clip.get_tokenizer("small-vit")
+    with torch.no_grad():
+        teacher, student = (F.normalize(world.clip.encode_text(tokenizer(
+            [template.replace("{}", n) for n in names])), dim=-1)
+            for template in (caption, "a photo of a {}."))
+    torch.testing.assert_close(world.text, teacher)
+    torch.testing.assert_close(world.student.text, student)
+    assert torch.allclose(teacher, student, atol=1e-3) == (name == "cifar10")
+    image = F.normalize(world.features[world.test], dim=-1)
+    scale = world.clip.logit_scale.exp()
+    torch.testing.assert_close(world.zero_shot_logits(world.features[world.test]),
+                               scale * image @ teacher.T)
+    if peft == "lora":  # which starts at the frozen tower
+        start = fedpurel.fresh_state(world, "fedpurel")["global"]
+        torch.testing.assert_close(world.logits(start, world.test), scale * image @ student.T,
+                                   rtol=1e-4, atol=1e-4)
+
+
+def test_seed_decides_which_half_is_the_test(tmp_path):
+    write_food101(tmp_path)
+    tests = []
+    for seed in (0, 0, 1):
+        world = federation(tmp_path, "--dataset", "food101-lt", "--peft", "adapter",
+                           "--seed", seed)
+        source, first = world.pool.images.source, len(world.pool) - len(world.test)
+        assert len(set(source)) == len(source) == 21  # 10 or 11 to train on, the rest to test
+        tests.append({Path(f).stem for f in source[first:]})
+    assert tests[0] == tests[1] != tests[2]
+
+
+def test_augmentation_is_a_crop_of_8_to_100_percent_and_a_flip(tmp_path):
+    write_food101(tmp_path)
+    world = federation(tmp_path, "--dataset", "food101-lt", "--peft", "adapter")
+    steps = {type(step): step for step in world.pool.random_transform.transforms}
+    assert world.args.augment and steps[transforms.RandomResizedCrop].scale == (.08, 1.0)
+    assert steps[transforms.RandomResizedCrop].size == (64, 64)
+    assert steps[transforms.RandomHorizontalFlip].p == .5
+
+
+def write_fashion(root, sizes):
+    """FashionMNIST with sizes[c] training and 2 test images of class c."""
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", sizes), ("t10k", [2] * 10)):
+        labels = rng.permutation(np.repeat(np.arange(10, dtype=np.uint8), counts))
+        pixels = rng.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, len(labels), 28, 28) + pixels.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, len(labels)) + labels.tobytes())
+
+
+@pytest.mark.parametrize("n_max, tail", [  # ⌊n_max · 4^(-rank / 9)⌋
+    ([], [20, 17, 14, 12, 10, 9, 7, 6, 5, 5]),  # 200 images of 10 classes: a mean of 20
+    (["--n-max", "8"], [8, 6, 5, 5, 4, 3, 3, 2, 2, 2])])
+def test_fashion_tail_has_the_authors_order_and_the_mean_class_size(tmp_path, n_max, tail):
+    sizes = [8, 60, 8, 12, 8, 20, 6, 22, 30, 26]
+    write_fashion(tmp_path, sizes)
+    world = federation(tmp_path, "--dataset", "fashion-mnist-lt", "--peft", "adapter",
+                       "--imbalance", "4", *n_max)
+    counts = world.class_counts.tolist()
+    assert [counts[c] for c in (8, 1, 7, 5, 9, 3, 0, 2, 4, 6)] == tail
+    if not n_max:  # drawn at random, it is another order of the same tail
+        world = federation(tmp_path, "--dataset", "fashion-mnist-lt", "--peft", "adapter",
+                           "--imbalance", "4", "--class-order", "random", "--n-max", "6")
+        assert sorted(world.class_counts.tolist()) == [1, 1, 1, 2, 2, 2, 3, 4, 5, 6]
+        assert world.class_counts.tolist() != [2, 5, 1, 2, 1, 3, 1, 4, 6, 2]
+
+
+OFFICIAL = {"cifar100": ((.5071, .4865, .4409), (.2673, .2564, .2762)),
+            "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010))}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_recipe_reads_cifar_as_the_authors_do(tmp_path, monkeypatch, name):
+    {"cifar100": write_cifar100, "cifar10": write_cifar10}[name](tmp_path, monkeypatch)
+    pixels = {}
+    for recipe in ("paper", "official"):
+        world = federation(tmp_path, "--dataset", f"{name}-lt", "--peft", "adapter",
+                           "--recipe", recipe)
+        pixels[recipe] = next(world.pool.batches([[0]]))[0]
+        image = torch.from_numpy(np.array(world.pool.images[0])).permute(2, 0, 1) / 255
+        with torch.no_grad():  # what was encoded once was read like this, too
+            torch.testing.assert_close(world.features[:1],
+                                       world.clip.encode_image(pixels[recipe][None]))
+    mean, std = (torch.tensor(v)[:, None, None] for v in OFFICIAL[name])
+    by_hand = F.interpolate(((image - mean) / std)[None], (64, 64), mode="bilinear",
+                            align_corners=False)[0]
+    torch.testing.assert_close(pixels["official"], by_hand, rtol=0, atol=2e-5)
+    assert (pixels["paper"] - by_hand).abs().max() > .1
 
 
 # ------------------------------------------------------------------------------------------------

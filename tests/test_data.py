@@ -7,12 +7,14 @@ import struct
 import tarfile
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from scipy.io import savemat
@@ -251,7 +253,8 @@ def test_dirichlet_partition_that_cannot_be_says_so():
 
 # -- image sets in their real formats ------------------------------------------------------------
 # Each writer makes a tiny copy of a data set as it lies on disk and returns what must be read from
-# it: class names, training labels, test labels. Image i of a part has the grey shade 10 · i.
+# it: class names, training labels, test labels. Image i of a part has the grey shade 10 · i. Sets
+# that are halved by chance have one part: the labels of all images of all official splits in turn.
 
 
 def with_checksums(monkeypatch, kind, folder, parts):
@@ -317,8 +320,8 @@ def write_food101(root, monkeypatch):
     for split, classes in parts.items():
         text(root / "food-101" / "meta" / f"{split}.json", json.dumps(classes))
         for i, name in enumerate(n for members in classes.values() for n in members):
-            picture(root / "food-101" / "images" / f"{name}.jpg", 10 * i)
-    return ["apple pie", "waffles"], [0, 0, 1], [0, 1]
+            picture(root / "food-101" / "images" / f"{name}.jpg", 10 * (i + 3 * (split == "test")))
+    return ["apple pie", "waffles"], [0, 0, 1, 0, 1], None
 
 
 def write_dtd(root, monkeypatch):
@@ -329,8 +332,8 @@ def write_dtd(root, monkeypatch):
     for split, names in parts.items():
         text(base / "labels" / f"{split}1.txt", *names)
         for i, name in enumerate(names):
-            picture(base / "images" / name, 10 * (i + 2 * (split == "val")))
-    return ["banded", "polka-dotted"], [0, 1, 1, 0], [0, 1]
+            picture(base / "images" / name, 10 * (i + 2 * list(parts).index(split)))
+    return ["banded", "polka-dotted"], [0, 1, 1, 0, 0, 1], None
 
 
 def write_aircraft(root, monkeypatch):
@@ -414,9 +417,10 @@ WRITERS = {
     "cifar100": write_cifar100, "cifar10": write_cifar10, "fashion-mnist": write_fashion,
     "food101": write_food101, "dtd": write_dtd, "aircraft": write_aircraft, "pets": write_pets,
     "dogs": write_dogs, "imagenet": write_imagenet, "places": write_places}
-CAPTION = {"food101": "a photo of waffle, a type of food.", "dtd": "waffle texture.",
-           "aircraft": "a photo of a waffle, a type of aircraft.",
-           "pets": "a photo of a waffle, a type of pet.",
+HALVED = ["food101", "dtd"]
+CAPTION = {"food101": "a type of food, a photo of waffle.", "dtd": "a photo of a waffle pattern.",
+           "aircraft": "a type of aircraft, a photo of a waffle.",
+           "pets": "a type of pet, a photo of a waffle.",
            "dogs": "a photo of a waffle, a type of dog."}
 
 
@@ -431,11 +435,18 @@ def test_image_set_is_read_from_its_own_files(name, tmp_path, monkeypatch):
     assert images.class_names == class_names and images.num_classes == len(class_names)
     assert images.template.format("waffle") == CAPTION.get(name, "a photo of a waffle.")
     assert images.long_tailed == (name in ("imagenet", "places"))
-    for part, labels, wanted in ((images.train, images.train_labels, train_labels),
-                                 (images.test, images.test_labels, test_labels)):
+    parts = [(images.train, images.train_labels, train_labels),
+             (images.test, images.test_labels, test_labels)]
+    if name in HALVED:  # which image is in which half is drawn: look at both together
+        shades = [round(np.asarray(im).mean() / 10) for half, _, _ in parts for im in half]
+        order = np.argsort(shades)
+        labels = np.concatenate([images.train_labels, images.test_labels])[order]
+        parts = [(data.Images.concat(images.train, images.test).subset(order), labels,
+                  train_labels)]
+    for part, labels, wanted in parts:
         assert labels.dtype == np.int64 and labels.tolist() == wanted
         assert len(part) == len(wanted)
-        for i in range(min(len(part), 3)):
+        for i in range(len(part) if name in HALVED else min(len(part), 3)):
             image = part[i]
             assert image.mode == "RGB"
             shades = [10 * i + c * name.startswith("cifar") for c in range(3)]
@@ -448,11 +459,99 @@ def test_cifar100_comes_with_its_coarse_labels(tmp_path, monkeypatch):
     assert images.coarse.tolist() == CIFAR100_PARENT
 
 
-def test_training_and_validation_parts_are_joined_in_order(tmp_path, monkeypatch):
-    write_dtd(tmp_path, monkeypatch)
-    images = data.load_images("dtd", tmp_path)
-    shades = [int(np.asarray(images.train[i]).mean().round()) for i in range(4)]
-    assert np.abs(np.array(shades) - [0, 10, 20, 30]).max() <= 2
+# Lists of larger sets, without the pictures: which file lands where. -> {file stem: label}
+
+
+def list_food101(root):
+    """13 apple pies and 8 waffles: 7 + 5 in the official training part, 6 + 3 in the test part."""
+    meta, truth = root / "food-101" / "meta", {}
+    (root / "food-101" / "images").mkdir(parents=True)
+    for split, counts in (("train", (7, 5)), ("test", (6, 3))):
+        names = {c: [f"{c}/{c[0]}-{split}-{i}" for i in range(n)]
+                 for c, n in zip(("apple_pie", "waffles"), counts, strict=True)}
+        text(meta / f"{split}.json", json.dumps(names))
+        truth |= {n.split("/")[1]: k for k, ns in enumerate(names.values()) for n in ns}
+    return truth
+
+
+def list_dtd(root):
+    """13 banded and 8 dotted textures: 5 + 4 to train, 4 + 2 to validate, 4 + 2 to test."""
+    base, truth = root / "dtd" / "dtd", {}
+    (base / "images").mkdir(parents=True)
+    for split, counts in (("train", (5, 4)), ("val", (4, 2)), ("test", (4, 2))):
+        stems = {f"{c}-{split}-{i}": c for c, n in zip(("banded", "dotted"), counts, strict=True)
+                 for i in range(n)}
+        text(base / "labels" / f"{split}1.txt", *(f"{c}/{s}.jpg" for s, c in stems.items()))
+        truth |= {stem: int(c == "dotted") for stem, c in stems.items()}
+    return truth
+
+
+def list_pets(root):
+    """10 cats and 5 dogs to train and validate, 3 and 2 to test."""
+    base, truth = root / "oxford-iiit-pet", {}
+    (base / "images").mkdir(parents=True)
+    for split, counts in (("trainval", (10, 5)), ("test", (3, 2))):
+        lines = {f"{c}_{split}{i}": k for k, (c, n) in enumerate(zip("Ad", counts, strict=True))
+                 for i in range(n)}
+        text(base / "annotations" / f"{split}.txt", *(f"{s} {k + 1} 1 1" for s, k in lines.items()))
+        truth |= lines
+    return truth
+
+
+def halves(name, root, seed=0):
+    """-> {file stem: label} of the training and the test part."""
+    images = data.load_images(name, root, seed)
+    parts = ((images.train, images.train_labels), (images.test, images.test_labels))
+    found = [dict(zip((Path(f).stem for f in part.source), labels.tolist(), strict=True))
+             for part, labels in parts]
+    assert [len(f) for f in found] == [len(part) for part, _ in parts]  # nothing twice
+    return found
+
+
+LISTS = {"food101": list_food101, "dtd": list_dtd, "pets": list_pets}
+
+
+@pytest.mark.parametrize("name", HALVED)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_all_official_parts_are_pooled_and_every_class_is_halved(name, seed, tmp_path):
+    truth = LISTS[name](tmp_path)
+    train, test = halves(name, tmp_path, seed)
+    assert not train.keys() & test.keys() and train | test == truth
+    sizes = np.array([[list(half.values()).count(c) for half in (train, test)] for c in (0, 1)])
+    assert sizes.sum(1).tolist() == [13, 8]
+    assert sorted(sizes[0].tolist()) == [6, 7] and sizes[1].tolist() == [4, 4]
+    for half in (train, test):  # each mixes the official parts
+        assert len({stem.split("-")[1] for stem in half}) == {"food101": 2, "dtd": 3}[name]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_split_is_drawn_from_the_seed(name, tmp_path):
+    LISTS[name](tmp_path)
+    a, b, *others = (halves(name, tmp_path, seed)[0] for seed in (4, 4, 5, 6))
+    assert a == b and all(a != other for other in others)
+
+
+def test_pets_train_on_80_percent_of_each_class_of_trainval_and_test_on_the_test_part(tmp_path):
+    truth = list_pets(tmp_path)
+    train, test = halves("pets", tmp_path)
+    assert list(test.items()) == [(s, k) for s, k in truth.items() if "test" in s]
+    assert train.items() <= truth.items() and all("trainval" in stem for stem in train)
+    assert list(train.values()) == [0] * 8 + [1] * 4  # the other 2 + 1 are used nowhere
+
+
+def test_aircraft_trains_on_all_of_trainval_whatever_the_seed(tmp_path):
+    write_aircraft(tmp_path, None)
+    for seed in (0, 1):
+        train, test = halves("aircraft", tmp_path, seed)
+        assert train == {"1025794": 1, "0056978": 0, "0000003": 2}
+        assert test == {"1514522": 2, "0747566": 1}
+
+
+def test_fashion_has_a_class_order_of_its_own_and_the_others_have_none(tmp_path, monkeypatch):
+    for name, write in WRITERS.items():
+        write(tmp_path, monkeypatch)
+        order = [8, 1, 7, 5, 9, 3, 0, 2, 4, 6] if name == "fashion-mnist" else None
+        assert data.load_images(name, tmp_path).tail_order == order
 
 
 def test_places_class_without_training_images_has_a_stand_in_name(tmp_path):
@@ -467,6 +566,84 @@ def test_places_class_without_training_images_has_a_stand_in_name(tmp_path):
     ("T-shirt/top", "T-shirt/top"), ("__a__b-", "a b-"), ("red panda", "red panda"), (7, "7")])
 def test_readable(raw, words):
     assert data.readable(raw) == words
+
+
+# -- who tests on what ---------------------------------------------------------------------------
+
+
+def labelled(name, root, monkeypatch, seed=0):
+    """The image set `name` with the labels of a larger one: 10 classes, 600 and 203 images."""
+    WRITERS[name](root, monkeypatch)
+    rng = np.random.default_rng(seed)
+    return replace(data.load_images(name, root), train_labels=rng.integers(0, 10, 600),
+                   test_labels=rng.integers(0, 10, 203))
+
+
+def held_counts(images, clients):
+    """Samples of each class at each client: two (K, 10) arrays; everything is dealt once."""
+    both = np.concatenate([images.train_labels, images.test_labels])
+    train, test = zip(*clients, strict=True)
+    assert sorted(np.concatenate(train).tolist()) == list(range(600))
+    assert sorted(np.concatenate(test).tolist()) == list(range(600, 803))
+    assert all(p.dtype == np.int64 and len(p) and (np.diff(p) > 0).all() for p in (*train, *test))
+    return [np.array([np.bincount(both[p], minlength=10) for p in part]) for part in (train, test)]
+
+
+def clients_of(images, clients=7, beta=.3, seed=0):
+    return data.federated_clients(images, images.train_labels, clients, beta,
+                                  np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("clients", [2, 7, 20])
+def test_imagenet_clients_test_on_equal_shares_of_every_class(clients, tmp_path, monkeypatch):
+    images = labelled("imagenet", tmp_path, monkeypatch)
+    train, test = held_counts(images, clients_of(images, clients))
+    assert (test.max(0) - test.min(0)).max() <= 1
+    assert np.ptp(train, 0).max() > 10  # training is as skewed as elsewhere
+
+
+def test_imagenet_test_shares_are_drawn(tmp_path, monkeypatch):
+    images = labelled("imagenet", tmp_path, monkeypatch)
+    a, b, c = ([test.tolist() for _, test in clients_of(images, seed=s)] for s in (1, 1, 2))
+    assert a == b and all(x != y for x, y in zip(a, c, strict=True))
+
+
+def same_leader(name, root, monkeypatch):
+    """Share of classes of whose training and test samples the same of 7 clients holds the most."""
+    same = []
+    for seed in range(6):
+        images = labelled(name, root / str(seed), monkeypatch, seed)
+        train, test = held_counts(images, clients_of(images, beta=.1, seed=seed))
+        same += (train.argmax(0) == test.argmax(0)).tolist()
+    return np.mean(same)
+
+
+def test_places_test_part_has_a_dirichlet_draw_of_its_own(tmp_path, monkeypatch):
+    """Independent draws agree on 1 class in 7, of 60: more than 2 in 5 is out of the question."""
+    assert same_leader("places", tmp_path, monkeypatch) < .4
+    images = labelled("places", tmp_path / "more", monkeypatch)
+    _, skewed = held_counts(images, clients_of(images, beta=.1))
+    _, even = held_counts(images, clients_of(images, beta=100.0))
+    assert (skewed.max(0) / skewed.sum(0)).mean() > .6 > .3 > (even.max(0) / even.sum(0)).mean()
+
+
+@pytest.mark.parametrize("name", [n for n in WRITERS if n not in ("cifar100", "imagenet",
+                                                                  "places")])
+def test_other_test_parts_are_cut_by_the_training_proportions(name, tmp_path, monkeypatch):
+    images = labelled(name, tmp_path, monkeypatch)
+    train, test = held_counts(images, clients_of(images, beta=.1))
+    n, m = train.sum(0), test.sum(0)
+    assert (np.abs(train / n - test / m) <= 1 / n + 1 / m).all()
+    assert np.ptp(train / n, 0).min() > .3  # which equal shares would not give
+
+
+def test_cifar100_clients_come_from_one_draw_over_both_parts(tmp_path, monkeypatch):
+    images = labelled("cifar100", tmp_path, monkeypatch)
+    clients = clients_of(images, beta=1.0)
+    assert [len(a) + len(b) for a, b in clients] == [803 // 7] * 7
+    assert all(a.max() < 600 <= b.min() for a, b in clients)
+    sizes = [len(a) for a, _ in clients]
+    assert len(set(sizes)) > 1  # whether training or test is a matter of chance
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -853,6 +1030,42 @@ def test_pixel_transform_scales_and_normalises():
     out = data.pixel_transform(4, (.5, .25, 0), (.5, .5, .25))(image)
     assert out.shape == (3, 4, 4)
     assert torch.allclose(out[:, 0, 0], torch.tensor([1., -.5, .8]), atol=1e-6)
+
+
+OFFICIAL = {"cifar100": ((.5071, .4865, .4409), (.2673, .2564, .2762)),
+            "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010))}
+
+
+def official_pixels(name, image, size, antialias=False):
+    """The authors' preprocessing by hand: normalise, then resize."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in OFFICIAL[name])
+    pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+    return F.interpolate(pixels[None], (size, size), mode="bilinear", align_corners=False,
+                         antialias=antialias)[0]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("size", [7, 11, 32, 45, 224])
+def test_official_cifar_pixels(name, size):
+    image = toy(size=32)[0][3]
+    ours = data.official_cifar_transform(name, size)(image)
+    by_hand = official_pixels(name, image, size)
+    assert ours.shape == (3, size, size) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, by_hand, rtol=0, atol=2e-5)
+    if size < 32:
+        assert (ours - official_pixels(name, image, size, antialias=True)).abs().max() > .1
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_cifar_pixels_are_normalised_before_they_are_resized(name):
+    """Resizing the picture itself would round to whole shades."""
+    image = toy(size=32)[0][3]
+    rounded = data.pixel_transform(50, *OFFICIAL[name], transforms.InterpolationMode.BILINEAR)
+    ours = data.official_cifar_transform(name, 50)(image)
+    mean, std = (255 * torch.tensor(v)[:, None, None] for v in OFFICIAL[name])
+    shades = ours * std + mean
+    assert (shades - shades.round()).abs().max() > .4
+    assert .001 < (ours - rounded(image)).abs().max() < .1
 
 
 def test_preloading_changes_no_pixel():

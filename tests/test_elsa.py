@@ -28,6 +28,7 @@ import common
 import data
 import elsa
 from tools import (
+    PATIENCE,
     ROOT,
     exit_code,
     finish,
@@ -800,8 +801,7 @@ def test_two_processes_give_the_numbers_of_one(small, tmp_path):
     words = arguments(small, "--method", "elsa,local", "--channel", "lowrank", "--bits", 8,
                       "--split", "auto")
     assert exit_code(elsa.main, [*words, "--out-dir", tmp_path / "one"]) == 0
-    out, _ = start(SCRIPT, [*words, "--out-dir", tmp_path / "two"],
-                   launcher=torchrun(offset=5)).communicate(timeout=300)
+    out, _ = finish(start(SCRIPT, [*words, "--out-dir", tmp_path / "two"], launcher=torchrun()))
     assert out.count("RESULT") == 1
     assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
@@ -990,7 +990,7 @@ def test_help_is_the_header_and_every_flag_has_a_text():
 
 def test_step_benchmark_runs():
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "elsa_step.py", "--quick"],
-                          capture_output=True, text=True, timeout=120, check=True)
+                          capture_output=True, text=True, timeout=PATIENCE, check=True)
     line = dict(p.split("=") for p in done.stdout.strip().splitlines()[-1].split()[1:])
     assert float(line["split_ratio"]) > 0 and float(line["sketch_ratio"]) > 0
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
 import data
 import fedpurel
 from benchmarks import fedpurel_plain as plain
-from tools import ROOT, foreign_names, paste
+from tools import PATIENCE, ROOT, foreign_names, paste
 
 KINDS = ["prompt", "lora", "adapter"]
 CLASSES, CLIENT_SIZES, TEST_SIZES = 5, (10, 13, 3), (6, 5, 7)
@@ -155,6 +156,36 @@ def test_kl_equals_torch_where_nothing_is_clamped():
     ours = fedpurel.kl_loss(z, f)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, f)[0] for loss in (ours, expected)))
+
+
+def test_official_adapter_loss_by_hand():
+    """Of 2 rows (½, ¼, ¼) against (¼, ¼, ½), and two that agree: ½ · (½ log 2 - ¼ log 2)."""
+    z = torch.tensor([[.5, .25, .25], [.2, .3, .5]]).double().log().requires_grad_()
+    f = torch.tensor([[.25, .25, .5], [.2, .3, .5]]).double().log() + torch.tensor([[3.0], [-7.0]])
+    f.requires_grad_()
+    loss = fedpurel.official_adapter_loss(z, f)
+    assert loss.item() == pytest.approx(math.log(2) / 8, abs=1e-12)
+    grad_f, grad_z = torch.autograd.grad(loss, [f, z], allow_unused=True)
+    assert grad_z is None
+    by_hand = torch.tensor([[-.125, 0, .125], [0, 0, 0]]).double()
+    torch.testing.assert_close(grad_f, by_hand, rtol=0, atol=1e-12)
+
+
+def test_official_adapter_loss_is_at_temperature_1():
+    z = torch.tensor([[.5, .25, .25]]).double().log()  # twice as sure: (4, 1, 1) / 6
+    value = fedpurel.official_adapter_loss(z, 2 * z).item()
+    assert value == pytest.approx(.5 * math.log(.75) + .5 * math.log(1.5), abs=1e-12)
+    assert fedpurel.tkl_loss(z, 2 * z).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_official_adapter_loss_has_a_gradient_where_the_clamp_has_none(dtype):
+    z = torch.zeros(2, 2, dtype=dtype)
+    f = torch.tensor([[0.0, 200.0], [0.0, 0.0]], dtype=dtype).requires_grad_()
+    loss = fedpurel.official_adapter_loss(z, f)
+    assert loss.item() == pytest.approx((100 - math.log(2)) / 2, rel=1e-6)
+    assert torch.autograd.grad(loss, f)[0].tolist() == [[-.25, .25], [0, 0]]
+    assert torch.autograd.grad(fedpurel.kl_loss(z, f), f)[0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("loss", [fedpurel.kl_loss, fedpurel.tkl_loss])
@@ -679,6 +710,112 @@ def test_the_other_methods_of_stage_1_by_hand(method):
     assert_equal_parameters(world, fast, model, bound)
 
 
+def kl_by_hand(z, f):
+    """The authors' for the adapter: Σ_c p_c (log p_c - log q_c), mean over the batch."""
+    log_p, log_q = (a - a.logsumexp(-1, keepdim=True) for a in (z, f))
+    return (log_p.exp() * (log_p - log_q)).sum() / len(z)
+
+
+@pytest.mark.parametrize("kind, options, plain_kl", [
+    ("adapter", ["--recipe", "official"], True), ("adapter", [], False),
+    ("prompt", ["--recipe", "official"], False), ("lora", ["--recipe", "official"], False)])
+def test_plain_kl_aligns_the_adapter_under_the_official_recipe_only(
+        kind, options, plain_kl, monkeypatch):
+    world, state = make_world(kind, *options)
+    fast, _ = fedpurel.tune_shared(world, state["global"], 1, "fedpurel", 0)
+    with_tkl = plain_stage_1(world, state["global"], 1)
+    monkeypatch.setattr(plain, "plain_tkl", kl_by_hand)
+    with_kl = plain_stage_1(world, state["global"], 1)
+    right, wrong = (with_kl, with_tkl) if plain_kl else (with_tkl, with_kl)
+    assert_equal_parameters(world, fast, right)
+    with pytest.raises(AssertionError):
+        assert_equal_parameters(world, fast, wrong, 1e-5)
+
+
+OFFICIAL = ["--recipe", "official"]
+
+
+@pytest.mark.parametrize("kind, options, method, used", [
+    ("adapter", OFFICIAL, "fedpurel", True),
+    ("adapter", [*OFFICIAL, "--align", "none"], "fedpurel", False),
+    ("adapter", OFFICIAL, "fedavg", False), ("adapter", [], "fedpurel", False),
+    ("adapter", ["--align", "kl"], "fedpurel", False), ("prompt", OFFICIAL, "fedpurel", False),
+    ("lora", OFFICIAL, "fedpurel", False)])
+def test_when_stage_1_calls_the_official_adapter_loss(kind, options, method, used, monkeypatch):
+    world, state = make_world(kind, *options)
+    calls, loss = [], fedpurel.official_adapter_loss
+    monkeypatch.setattr(fedpurel, "official_adapter_loss",
+                        lambda z, f: calls.append(len(z)) or loss(z, f))
+    fedpurel.tune_shared(world, state["global"], 1, method, 0)
+    assert calls == ([4, 4, 4] if used else [])
+
+
+AUGMENTED = ["food101", "dtd", "aircraft", "pets", "dogs", "imagenet", "places"]
+NOT_AUGMENTED = ["cifar10", "cifar100", "fashion-mnist", "shapes"]
+
+
+@pytest.mark.parametrize("dataset, default", [
+    *((f"{name}-lt", True) for name in AUGMENTED),
+    *((f"{name}-lt", False) for name in NOT_AUGMENTED), ("folder:pets", False),
+    ("folder:pets-lt", False)])
+def test_which_data_sets_are_augmented(dataset, default):
+    for flags, wanted in (([], default), (["--augment"], True), (["--no-augment"], False)):
+        words = ["--dataset", dataset, *flags]
+        assert fedpurel.resolve(fedpurel.build_parser().parse_args(words)).augment is wanted
+    assert sorted([*AUGMENTED, *NOT_AUGMENTED]) == data.IMAGE_SETS
+
+
+@pytest.mark.parametrize("options, augmented", [
+    (["--dataset", "pets-lt"], True), (["--dataset", "cifar10-lt"], False),
+    (["--dataset", "pets-lt", "--no-augment"], False),
+    (["--dataset", "cifar10-lt", "--augment"], True)])
+def test_both_stages_augment_or_neither_and_the_test_never(options, augmented, monkeypatch):
+    world, state = make_world("lora", *options)
+    seen, batches = [], world.pool.batches
+    monkeypatch.setattr(world.pool, "batches", lambda lists, seeds=None: seen.append(
+        seeds is not None) or batches(lists, seeds))
+    shared, _ = fedpurel.tune_shared(world, state["global"], 0, "fedpurel", 0)
+    assert seen == [augmented]
+    seen.clear()
+    fedpurel.tune_private(world, state["base"], shared, 0, 0)
+    assert seen and set(seen) == {augmented}
+    seen.clear()
+    world.logits(shared, world.test)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "official"])
+def test_order_of_clients_and_of_leaking_momentum(recipe, monkeypatch):
+    """Sorted and without a leak, or in the order of the draw from client to client."""
+    args = fedpurel.resolve(fedpurel.build_parser().parse_args(
+        ["--recipe", recipe, "--rounds", "4", "--seed", "3"]))
+    world = SimpleNamespace(args=args, clients=[(range(k + 1), None) for k in range(20)])
+    calls = []
+
+    def tune_shared(world, start, client, method, round_, momentum=None):
+        calls.append((round_, client, momentum))
+        return {"a": torch.tensor(float(client))}, {"of": (round_, client)}
+
+    monkeypatch.setattr(fedpurel, "tune_shared", tune_shared)
+    monkeypatch.setattr(fedpurel, "evaluate", lambda *_: {"gm": None, "pm": None})
+    run = SimpleNamespace(share=list, gather=lambda part: part, log=lambda **row: None,
+                          progress=lambda items, *_, **__: items, device="cpu")
+    state = {"round": 0, "global": {"a": torch.tensor(0.0)}, "private": {}, "momentum": None,
+             "history": []}
+    fedpurel.train_method(world, run, "fedavg", state, lambda state: None)
+    wanted, unsorted = [(0, k) for k in range(20)], False
+    for round_ in (1, 2, 3):
+        drawn = common.numpy_generator(3, "clients", round_).choice(20, 8, replace=False).tolist()
+        unsorted |= drawn != sorted(drawn)
+        wanted += [(round_, k) for k in (drawn if recipe == "official" else sorted(drawn))]
+    assert unsorted and [call[:2] for call in calls] == wanted
+    leaks = [None, *({"of": call} for call in wanted[:-1])]
+    assert [call[2] for call in calls] == (leaks if recipe == "official" else [None] * len(calls))
+    last = [k for _, k in wanted[-8:]]  # E5 weighs each client by its own k + 1 samples
+    mean = sum((k + 1) * k for k in last) / sum(k + 1 for k in last)
+    assert state["global"]["a"].item() == pytest.approx(mean, rel=1e-6)
+
+
 # ================================================================================================
 # Portability and the benchmark
 # ================================================================================================
@@ -705,7 +842,7 @@ def test_the_method_can_be_pasted_into_other_code():
 def test_the_benchmark_runs():
     done = subprocess.run(
         [sys.executable, "benchmarks/fedpurel_round.py", "--quick"], cwd=ROOT, capture_output=True,
-        text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        text=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("RESULT ")

@@ -26,15 +26,17 @@ import pro_vpt
 from benchmarks import pro_vpt_claims
 from benchmarks import pro_vpt_plain as plain
 from tools import (
+    PATIENCE,
     ROOT,
     exit_code,
     finish,
+    in_float64,
     kill,
     method_section,
     paste,
     result,
+    run_in_one_and_two_processes,
     start,
-    torchrun,
     wait_for_rows,
 )
 
@@ -249,7 +251,8 @@ def test_allocator_state_by_hand():
     sums = np.array([4., 0., -1., 0.])  # the removed prompt counts nowhere
     z = (sums - sums.mean()) / (sums.std() + 1e-8)
     np.testing.assert_allclose(state[:4], z, rtol=1e-5)
-    np.testing.assert_allclose(state[4:8], np.array([1, 0, 1, 0]) / 3, rtol=1e-6)
+    # 2 of the 3 that are placed remain beside the one in the hand: shares of N - 1 = 2
+    np.testing.assert_allclose(state[4:8], np.array([1, 0, 1, 0]) / 2, rtol=1e-6)
     assert state[8:].tolist() == [1, 0, 0, 0]
 
 
@@ -458,7 +461,7 @@ def test_one_tensor_equals_a_list_of_prompts_over_24_steps_with_moves(options, m
                 sums = np.array([sum(scores[id(p)] for p in ps) for ps in peer.blocks])
                 z = (sums - sums.mean()) / (sums.std() + 1e-8)
                 left = np.array([len(ps) - (b == source) for b, ps in enumerate(peer.blocks)])
-                state = torch.tensor([*z, *left / 9, *np.eye(3)[source]], dtype=torch.float32)
+                state = torch.tensor([*z, *left / 8, *np.eye(3)[source]], dtype=torch.float32)
                 target = allocator.choose(state, chooser)
                 plain.move(peer, source, place, target)
                 pending = cost, scores[idlest]
@@ -524,7 +527,7 @@ def test_prompts_are_kept_and_pruning_has_a_floor(method, scores):
 
 
 def test_the_joint_clip_and_finding_2():
-    """After a move, the moved prompt alone holds most of the squared norm of the gradient."""
+    """After a move, the moved prompt holds most of the squared gradient, and soon no longer."""
     training = make_training("--clip", "0.25")
     pro_vpt.train_epoch(training)
     model, part = training.model, training.task.train
@@ -540,7 +543,10 @@ def test_the_joint_clip_and_finding_2():
     assert before < .1
     pro_vpt.relocate(model.prompts, block, 0, 2)
     model.place(block)
-    assert share() > .47
+    assert share() > .87
+    for _ in range(2):  # 4 steps each
+        pro_vpt.train_epoch(training)
+    assert share() < .2
 
 
 def test_adaptation_moves_towards_a_block_that_matters():
@@ -677,17 +683,70 @@ def test_vtab_task_with_a_saved_vit(tmp_path, method):
     assert sum(first["counts"][-1]) == counts
 
 
-def test_an_mae_and_another_norm(tmp_path):
+def test_an_mae_is_refused_in_words(tmp_path, capsys):
+    """Its authors read the patches' and the prompts' mean; here the class token is read."""
     write_vtab(tmp_path, ["kitti"])
-    out = []
-    for norm, kind in (("half", "vit"), ("half", "mae"), ("imagenet", "mae")):
-        words = real_words(tmp_path, save_vit(tmp_path / kind, kind), "--norm", norm, "--dataset",
-                           "vtab-kitti", "--out-dir", tmp_path / f"{norm}-{kind}")
+    words = real_words(tmp_path, save_vit(tmp_path / "mae", "mae"), "--dataset", "vtab-kitti",
+                       "--out-dir", tmp_path / "out")
+    assert exit_code(pro_vpt.main, words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "masked autoencoder" in err and "class token" in err
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_another_norm_and_the_default_of_each_family(tmp_path):
+    write_vtab(tmp_path, ["kitti"])
+    losses = {}
+    for norm in ("half", "imagenet", None):
+        words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "vtab-kitti",
+                           "--out-dir", tmp_path / f"{norm}", *(["--norm", norm] if norm else []))
         pro_vpt.main([str(w) for w in words])
-        out.append(next(iter(result(tmp_path / f"{norm}-{kind}")["results"].values()))["losses"])
-    assert out[0] != out[1] != out[2]
-    vit = data.vit_backbone(str(tmp_path / "mae"), 1e-6, 0, "cpu", tmp_path)
+        losses[norm] = next(iter(result(tmp_path / f"{norm}")["results"].values()))["losses"]
+    assert losses[None] == losses["half"] != losses["imagenet"]
+    vit = data.vit_backbone(str(tmp_path / "vit"), 1e-6, 0, "cpu", tmp_path)
     assert {m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+    for dataset, norm in (("fgvc-cub", "imagenet"), ("vtab-dtd", "half"), ("cifar100", "half"),
+                          ("folder:x", "half")):
+        words = ["--dataset", dataset, "--model", "m"]
+        assert pro_vpt.resolve(pro_vpt.build_parser().parse_args(words)).norm == norm
+
+
+def test_the_head_is_drawn_as_the_authors_draw_it():
+    """Weights N(0, 2 / C), bias -4.595: by the number of classes, not by the width."""
+    torch.manual_seed(0)
+    vit = tiny_vit(1e-6)
+    for classes in (10, 200):
+        head = pro_vpt.PromptedViT(vit, classes, (1, 1, 1)).head
+        assert head.bias.tolist() == pytest.approx([-4.595] * classes)
+        n, std = head.weight.numel(), (2 / classes) ** .5
+        assert head.weight.std().item() == pytest.approx(std, rel=4 / (2 * n) ** .5)  # 4 std errors
+        assert abs(head.weight.mean().item()) < 4 * std / n ** .5
+        old = pro_vpt.PromptedViT(vit, classes, (1, 1, 1), head_init="linear").head
+        bound = 1 / vit.config.hidden_size ** .5
+        for p in (old.weight, old.bias):
+            assert .5 * bound < p.abs().max() <= bound
+
+
+def test_fgvc_is_searched_on_train_and_val_and_ends_with_one_run_on_train(tmp_path, monkeypatch):
+    """KMnP/vpt's protocol: no three seeds, and the final run does not see the validation part."""
+    write_fgvc(tmp_path, "dogs")
+    seen = []
+
+    class Seen(pro_vpt.Part):
+        def __init__(self, images, labels, *rest):
+            super().__init__(images, labels, *rest)
+            seen.append(len(labels))
+
+    monkeypatch.setattr(pro_vpt, "Part", Seen)
+    words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "fgvc-dogs", "--search",
+                       "--grid-lr", "2", "--grid-wd", "0", "--epochs", "1", "--seed", 7,
+                       "--out-dir", tmp_path / "out")
+    pro_vpt.main([str(w) for w in words])
+    sizes = [len(json.loads((tmp_path / "fgvc" / "StanfordDogs" / f"{s}.json").read_text()))
+             for s in ("train", "val", "test")]
+    assert seen == [sizes[0], sizes[1], sizes[0], sizes[2]]
+    assert list(result(tmp_path / "out")["results"]) == [
+        "fgvc-dogs/pro-vpt/val/lr 0.0625 wd 0", "fgvc-dogs/pro-vpt/test/7"]
 
 
 def test_fgvc_trains_on_augmented_pictures(tmp_path):
@@ -775,6 +834,16 @@ def test_the_final_runs_take_the_best_cell(winner):
     assert [j.seed for j in plan] == [0] * 4 + [18, 25, 42]
 
 
+def test_equal_cells_go_to_the_smallest_rate():
+    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(
+        ["--search", "--grid-lr", "8,4,2", "--grid-wd", "0,.1", "--method", "pro-vpt"]))
+    done, plan = {}, []
+    for job in pro_vpt.jobs(args, done):  # lr 2, 2, 1, 1, .5, .5
+        done[job.key()] = {"accuracy": [70, 90, 90, 90, 80, 90][len(done)] if len(done) < 6 else 0}
+        plan.append(job)
+    assert {(j.lr, j.weight_decay) for j in plan[6:]} == {(.5, .1)}
+
+
 def test_a_folder_of_pictures(tmp_path):
     rng = np.random.default_rng(0)
     for split, n in (("train", 6), ("test", 3)):
@@ -847,8 +916,9 @@ def test_the_teacher_itself_is_what_the_labels_say(planted_task):
     assert np.mean(a.test[1] == b.test[1]) < .6
 
 
-def test_adaptive_recovers_what_was_planted(planted_task):
+def test_adaptive_recovers_what_was_planted(planted_task, monkeypatch):
     task, args = planted_task
+    monkeypatch.setattr(args, "head_init", "linear")  # the draw that 12 epochs are enough for
     training, found = trained(task, args, "adaptive", 12)
     assert pro_vpt.correlation(found["counts"][-1], task.truth) > .7
     first = training.job.seed, [m[0] for m in found["moves"]]
@@ -947,16 +1017,25 @@ def test_ctrl_c_says_how_to_go_on(short, tmp_path):
     assert len(err.strip().splitlines()) == 1 and "--resume" in err and str(folder) in err
 
 
-def test_two_processes_give_the_numbers_of_one(short, reference, tmp_path):
-    """The batch is split over them, dropout included: equal up to the order of additions."""
-    words = [*short, "--out-dir", tmp_path / "two"]
-    out, err = start(SCRIPT, words, launcher=torchrun()).communicate(timeout=300)
-    assert out.count("RESULT") == 1, err
-    one, two = (result(f)["results"] for f in (reference[0], tmp_path / "two"))
+def test_two_processes_give_the_numbers_of_one(short, tmp_path):
+    """The batch is split over them, dropout included: equal up to the order of additions.
+
+    Additions in another order differ by the rounding unit, and 40 epochs of SGD at rate .5 with
+    moved prompts in them make 10⁴ times as much of it: too much to compare in float32 (6e-8, and a
+    move that flips ends all likeness), nothing in float64 (1e-16). Bound: 10⁴ for what another
+    processor may do, 1e-16 · 10⁴ · 10⁴ = 1e-8.
+    """
+    script = in_float64(tmp_path, "pro_vpt", """
+        torch.set_default_dtype(torch.float64)  # of pictures
+        load = data.vit_backbone
+        data.vit_backbone = lambda *words: load(*words).double()""")
+    out = run_in_one_and_two_processes(script, short, tmp_path)
+    one, two = (result(f)["results"] for f in out)
     for key in one:
-        np.testing.assert_allclose(two[key]["losses"], one[key]["losses"], rtol=1e-3)
-        assert abs(two[key]["accuracy"] - one[key]["accuracy"]) <= 12.5  # one picture of eight
-    assert one["vtab-kitti/pro-vpt/test/3"]["moves"] == two["vtab-kitti/pro-vpt/test/3"]["moves"]
+        np.testing.assert_allclose(two[key]["losses"], one[key]["losses"], rtol=1e-8)
+        assert two[key]["accuracy"] == one[key]["accuracy"]
+        assert two[key]["moves"] == one[key]["moves"] and two[key]["counts"] == one[key]["counts"]
+    assert len(one["vtab-kitti/pro-vpt/test/3"]["moves"]) > 5
 
 
 @pytest.mark.parametrize("options", [
@@ -965,12 +1044,12 @@ def test_two_processes_give_the_numbers_of_one(short, reference, tmp_path):
     ["--move-scale", "1"], ["--reset-momentum"], ["--recipe", "official"], ["--dropout", ".1"],
     ["--clip", "0"], ["--eps", "1e-3"], ["--scores", "running"], ["--warmup", "3"]], ids=" ".join)
 def test_options_change_the_run(options):
-    plain_run, other = (pro_vpt.train(make_training(*words), lambda now: None)
+    plain_run, other = (pro_vpt.train(make_training("--epochs", "14", *words), lambda now: None)
                         for words in ([], options))
     assert (plain_run["losses"], plain_run["moves"]) != (other["losses"], other["moves"])
     assert len(other["moves"]) > 0
     if options == ["--relocate-every", "3"]:
-        assert {m[0] for m in other["moves"]} <= {1, 4}
+        assert {m[0] for m in other["moves"]} <= {1, 4, 7, 10, 13}
     if options == ["--warmup", "3"]:
         assert min(m[0] for m in other["moves"]) >= 3
 
@@ -1119,7 +1198,7 @@ def test_the_method_can_be_pasted_into_other_code():
 def test_the_benchmark_runs():
     done = subprocess.run(
         [sys.executable, "benchmarks/pro_vpt_epoch.py", "--quick"], cwd=ROOT, capture_output=True,
-        text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        text=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("RESULT ")

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 900  # seconds: only a run that hangs takes that long, beside however many others
 
 
 def start(script, words, cwd=None, launcher=(sys.executable,)):
@@ -31,15 +33,41 @@ def start(script, words, cwd=None, launcher=(sys.executable,)):
                             env=environment, preexec_fn=hear_ctrl_c)
 
 
-def torchrun(processes=2, offset=0):
-    """The launcher that spreads a run over processes; `offset` keeps ports of one test apart."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-            "--master-port", str(29500 + (os.getpid() + 37 * offset) % 400)]
+def torchrun(processes=2):
+    """The launcher that spreads a run over processes, on a port that the system picks."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(processes)]
+
+
+def in_float64(folder, script, change):
+    """A file that runs `script` after `change`, lines of Python that make it compute in float64.
+
+    For comparisons of runs whose additions come in another order, or in batches of another size:
+    rounding is then too small for training to make anything of it.
+    """
+    path = Path(folder) / f"{script}.py"
+    path.write_text("\n".join([
+        "import functools, importlib, sys", f"sys.path.insert(0, {str(ROOT)!r})",
+        "import torch", "import common, data",
+        f"spec = importlib.util.spec_from_file_location('paper', {str(ROOT / script)!r} + '.py')",
+        "script = importlib.util.module_from_spec(spec)", "spec.loader.exec_module(script)",
+        textwrap.dedent(change).strip(), "common.run_cli(script.main)", ""]))
+    return path
+
+
+def run_in_one_and_two_processes(script, words, folder):
+    """-> the two --out-dir, which end with one RESULT line each."""
+    out = []
+    for name, launcher in (("one", (sys.executable,)), ("two", torchrun())):
+        out.append(Path(folder) / name)
+        text, _ = finish(start(script, [*words, "--out-dir", out[-1]], launcher=launcher))
+        assert text.count("RESULT") == 1
+    return out
 
 
 def finish(process, code=0):
     """Wait for it -> (stdout, stderr); it must end with `code` and never show a traceback."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
     assert "Traceback" not in err
     return out, err
@@ -59,7 +87,7 @@ def result(folder):
 
 def wait_for_rows(folder, n, process):
     """Until log.jsonl holds n rows (or the run has ended)."""
-    end = time.time() + 120
+    end = time.time() + PATIENCE
     while time.time() < end and process.poll() is None:
         if (folder / "log.jsonl").exists() and (folder / "log.jsonl").read_text().count("\n") >= n:
             return
