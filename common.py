@@ -13,10 +13,15 @@ Run contract
                 results in every rank. Only rank 0 writes and prints.
     errors      `UserError` becomes one line on stderr and exit code 2 (NaN: 3, Ctrl-C: 130).
 
+Contents, each section to be read alone
+    Errors · Command lines · Seeds · Files · One run · Networks side by side · Metrics · Figures
+
 Typical use, at the bottom of a script:
 
     parser = common.Parser(__doc__)
     common.add_run_arguments(parser)
+    add = parser.group("method")
+    add("--rounds", int, 100, "rounds (paper 100)", low=1)
     ...
     if __name__ == "__main__":
         common.run_cli(main)
@@ -38,7 +43,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import moocore
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -55,34 +59,6 @@ class UserError(Exception):
     def __init__(self, message, code=2):
         super().__init__(" ".join(str(message).split()))
         self.code = code
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that shows the whole header as its help and complains in one line."""
-
-    def __init__(self, description):
-        super().__init__(description=description,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} -h)\n")
-
-
-def number(kind, low=None, high=None, above=None):
-    """An argparse type: a finite int or float with low <= value <= high and value > above."""
-    wanted = [f"{kind.__name__}"] + [f"{sign} {bound}" for sign, bound in
-                                     ((">=", low), ("<=", high), (">", above)) if bound is not None]
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not abs(value) < float("inf") or (low is not None and value < low) \
-                or (high is not None and value > high) or (above is not None and value <= above):
-            raise argparse.ArgumentTypeError(f"expected {' '.join(wanted)}, got {text!r}")
-        return value
-    return parse
 
 
 def run_cli(main):
@@ -112,6 +88,81 @@ def check_finite(value, what):
         raise UserError(f"{what} is not finite (NaN or infinity); try a smaller learning rate. "
                         "The last checkpoint is intact", code=3)
     return value
+
+
+# ------------------------------------------------------------------------------------------------
+# Command lines: what all scripts do alike with their flags
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows the whole header as its help and complains in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def group(self, title):
+        """A function that adds one flag to the group `title`: add(name, kind, default, text).
+
+        kind: int or float, with bounds low=, high= or above= (exclusive); a list of choices; bool,
+        which makes --x (default False) or the pair --x, --no-x (default None or True); or any other
+        argparse type. The default is appended to the text if that does not name it.
+        """
+        group = self.add_argument_group(title)
+
+        def add(name, kind, default, text, **more):
+            if kind is bool:
+                more["action"] = ("store_true" if default is False
+                                  else argparse.BooleanOptionalAction)
+            elif isinstance(kind, list):
+                more["choices"] = kind
+            else:
+                bounds = {k: more.pop(k) for k in ("low", "high", "above") if k in more}
+                more["type"] = number(kind, **bounds) if kind in (int, float) else kind
+            if default not in (None, False) and "default" not in text:
+                text += " (default %(default)s)"
+            group.add_argument(name, default=default, help=text, **more)
+        return add
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} -h)\n")
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: a finite int or float with low <= value <= high and value > above."""
+    wanted = [f"{kind.__name__}"] + [f"{sign} {bound}" for sign, bound in
+                                     ((">=", low), ("<=", high), (">", above)) if bound is not None]
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not abs(value) < float("inf") or (low is not None and value < low) \
+                or (high is not None and value > high) or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"expected {' '.join(wanted)}, got {text!r}")
+        return value
+    return parse
+
+
+def choose(text, known, flag="--method"):
+    """The names of a comma-separated flag, each once; "all" is all of `known`. -> list.
+
+    UserError: a name that is not in `known` (the message lists what is).
+    """
+    names = list(known) if text == "all" else text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag} {name!r} is unknown; there are {', '.join(known)} and all")
+    return list(dict.fromkeys(names))
+
+
+def fill_in(args, preset):
+    """Give the flags that nobody set (None) the values of a preset, dict name -> value."""
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -505,6 +556,53 @@ def format_table(header, rows):
 
 
 # ------------------------------------------------------------------------------------------------
+# Networks side by side: S seeds as the leading dimension of every tensor
+# ------------------------------------------------------------------------------------------------
+
+
+def pack_seeds(seeds, trained, more):
+    """All that training changes, taken apart by seed -> dict seed -> dict name -> tensor.
+
+    So a checkpoint fits any number of processes. seeds: S names; trained: list of (dict name ->
+    parameter (S, ...), its Adam optimiser), all at the same step; more: dict name -> tensor (S,
+    ...) or None.
+    """
+    found, step = {k: t for k, t in more.items() if t is not None}, None
+    for params, optimizer in trained:
+        for name, p in params.items():
+            found[name] = p
+            for key, value in optimizer.state.get(p, {}).items():
+                if key == "step":
+                    step = value
+                else:
+                    found[f"{key} {name}"] = value
+    return {seed: {"step": step.clone(), **{k: t[s].detach().clone() for k, t in found.items()}}
+            for s, seed in enumerate(seeds)}
+
+
+def unpack_seeds(packed, seeds, trained, device):
+    """Put what pack_seeds returned back, for some of its seeds -> `more`, without its Nones."""
+    found = {k: torch.stack([packed[s][k] for s in seeds]).to(device) for k in packed[seeds[0]]}
+    step = found.pop("step")[0]
+    for params, optimizer in trained:
+        for name, p in params.items():
+            p.data.copy_(found.pop(name))
+            if p.requires_grad:
+                moments = {k: found.pop(f"{k} {name}") for k in ("exp_avg", "exp_avg_sq")}
+                fused = optimizer.defaults.get("fused")  # a fused Adam keeps its step on the device
+                optimizer.state[p] = {"step": step.clone() if fused else step.cpu(), **moments}
+    return found
+
+
+def spread(numbers, digits=4):
+    """Mean ± standard deviation of one number per seed, as text; "-" where one is missing."""
+    if None in numbers:
+        return "-"
+    t = torch.tensor(numbers, dtype=torch.float64)
+    return f"{t.mean():.{digits}f}" + (f" ±{t.std():.{digits}f}" if len(t) > 1 else "")
+
+
+# ------------------------------------------------------------------------------------------------
 # Metrics
 # ------------------------------------------------------------------------------------------------
 
@@ -548,6 +646,7 @@ def non_dominated(points):
 
     points: (N, m), finite -> (N,) bool tensor. Of equal points the first is kept. Source: moocore.
     """
+    import moocore
     return torch.from_numpy(moocore.is_nondominated(_array(points)))
 
 
@@ -557,6 +656,7 @@ def hypervolume(points, reference):
     points: (N, m), reference: (m,) -> float >= 0. Points beyond the reference add nothing. Source:
     Zitzler and Thiele 1998; computed by moocore.
     """
+    import moocore
     return float(moocore.hypervolume(_array(points), ref=_array(reference)))
 
 
@@ -596,3 +696,93 @@ def _array(values):
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
     return np.ascontiguousarray(values, dtype=np.float64)
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures: the panels they are made of. Okabe and Ito's colours, safe for the colour-blind
+# ------------------------------------------------------------------------------------------------
+
+GREY, ORANGE, AMBER, PINK, SKY, GREEN, BLUE = (
+    "#777777", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2")
+
+
+@contextlib.contextmanager
+def figure(path, title, size, **layout):
+    """An empty matplotlib figure to draw on; saved to `path` when the block ends.
+
+    size: inches (width, height); layout: of plt.subplots, if there are to be panels. -> (figure,
+    axes), axes None without a layout.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    drawing, axes = plt.figure(figsize=size, layout="constrained"), None
+    if layout:
+        axes = drawing.subplots(**layout)
+    yield drawing, axes
+    drawing.suptitle(title)
+    atomic_write(path, lambda p: drawing.savefig(p, dpi=130))
+    plt.close(drawing)
+
+
+def heat_map(axis, values, title, rows=None, columns=None, bar=None, **options):
+    """A matrix as colours. rows, columns: names of its lines; bar: label of a colour bar."""
+    shown = axis.imshow(values, **{"cmap": "viridis", **options})
+    axis.set_title(title)
+    for names, ticks, turn in ((rows, axis.set_yticks, 0), (columns, axis.set_xticks, 90)):
+        if names is not None:
+            ticks(range(len(names)), names, fontsize=7, rotation=turn)
+    if bar:
+        axis.figure.colorbar(shown, ax=axis, label=bar, shrink=.8)
+    return shown
+
+
+def grouped_bars(axis, places, heights, colours):
+    """Bars side by side at each of `places`. heights: dict label -> numbers or None; (...)."""
+    width = .8 / max(len(heights), 3)
+    for i, (label, values) in enumerate(heights.items()):
+        shift = (i - (len(heights) - 1) / 2) * width * 1.05
+        axis.bar(np.asarray(places) + shift, [v or 0 for v in values], width,
+                 color=colours[label], label=label)
+    axis.set_ylim(0, 1.08 * max(1, *(b.get_height() for b in axis.patches)))
+
+
+def ranked_bars(axis, heights, colours, xlabel):
+    """One horizontal bar a label, its number beside it. heights: dict label -> number >= 0."""
+    bars = axis.barh(list(heights), list(heights.values()),
+                     color=[colours.get(label, "#999999") for label in heights])
+    axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set(xlabel=xlabel, xlim=(0, min(max(*heights.values(), 1) * 1.25, 118)))
+
+
+def front_panels(parent, names, fronts, styles, reference, limit, columns, titles):
+    """One panel a problem: its reference front in grey, and the front of each method.
+
+    parent: a figure or subfigure; names: K problems; fronts: dict method -> K tensors (N, m), m = 2
+    or more (of which three are drawn); styles: method -> (label, colour, marker); reference: K
+    tensors (N, m); limit: points beyond it in some objective are not drawn; titles: K texts.
+    """
+    columns = min(len(names), columns)
+    rows = -(-len(names) // columns)
+    for k in range(len(names)):
+        deep = reference[k].shape[1] >= 3
+        axes = parent.add_subplot(rows, columns, k + 1, projection="3d" if deep else None)
+        sets = [("reference", "#AAAAAA", ".", 3, reference[k])]
+        sets += [(*styles[m], 11, f[k]) for m, f in fronts.items()]
+        for label, colour, marker, size, f in sets:
+            f = f[(f <= limit).all(-1)]
+            axes.scatter(*f[:, :3].T, s=size, color=colour, marker=marker, linewidths=.7, alpha=.8,
+                         label=label)
+        axes.set_title(titles[k], fontsize=8)
+        axes.tick_params(labelsize=6)
+        axes.locator_params(nbins=4)
+        axes.set_xlabel("$f_1$", fontsize=7, labelpad=1)
+        axes.set_ylabel("$f_2$", fontsize=7, labelpad=1)
+        if deep:
+            axes.set_zlabel("$f_3$", fontsize=7)
+            axes.view_init(25, 40)
+        if k == 0:
+            handles = axes.get_legend_handles_labels()
+    parent.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

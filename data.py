@@ -30,14 +30,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
-import torchvision
-import transformers
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from common import (
     UserError,
@@ -640,6 +635,8 @@ class Images:
         return len(self.source)
 
     def __getitem__(self, i):
+        from PIL import Image
+
         item = self.source[i]
         if isinstance(item, np.ndarray):
             return Image.fromarray(item).convert("RGB")
@@ -734,6 +731,8 @@ def load_images(name, data_dir, seed=0):
 
 
 def _torchvision_set(name, data_dir, seed):
+    import torchvision
+
     kind, folder, train_splits, test_splits, template, share = TORCHVISION_SETS[name]
     load = getattr(torchvision.datasets, kind)
 
@@ -815,8 +814,9 @@ def _image_tree(root):
     if len(classes) < 2:
         raise UserError(
             f"{root} has {len(classes)} class folders; expected at least 2 (<class>/*.jpg)")
+    from torchvision.datasets.folder import IMG_EXTENSIONS as endings
+
     files, labels = [], []
-    endings = torchvision.datasets.folder.IMG_EXTENSIONS
     for c, name in enumerate(classes):
         mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in endings)
         if not mine:
@@ -988,8 +988,11 @@ class ImagePool(Dataset):
             raise UserError(str(error).rpartition("UserError: ")[2], error.code) from None
 
 
-def pixel_transform(size, mean, std, interpolation=transforms.InterpolationMode.BICUBIC, crop=None):
+def pixel_transform(size, mean, std, interpolation="bicubic", crop=None):
     """Resize to (size, size) and normalise; `crop` (least area): random resized crop and flip."""
+    from torchvision import transforms
+
+    interpolation = transforms.InterpolationMode(interpolation)
     first = [transforms.Resize((size, size), interpolation)] if crop is None else \
         [transforms.RandomResizedCrop(size, (crop, 1.0), interpolation=interpolation),
          transforms.RandomHorizontalFlip()]
@@ -1001,6 +1004,8 @@ def official_cifar_transform(name, size):
 
     In this order and without antialiasing, unlike pixel_transform.
     """
+    from torchvision import transforms
+
     return transforms.Compose([
         transforms.ToTensor(), transforms.Normalize(*CIFAR_STATISTICS[name]),
         transforms.Resize((size, size), transforms.InterpolationMode.BILINEAR, antialias=False)])
@@ -1240,10 +1245,11 @@ def transfer_transforms(family, size, mean, std):
     VTAB: straight to size x size, bilinear, no augmentation. FGVC: short side 256 (for 224), crop,
     flip. Folders and CIFAR-100 are read like VTAB.
     """
-    bilinear = transforms.InterpolationMode.BILINEAR
     if family != "fgvc":
-        return pixel_transform(size, mean, std, bilinear), None
-    short = transforms.Resize(round(size * 256 / 224), bilinear)
+        return pixel_transform(size, mean, std, "bilinear"), None
+    from torchvision import transforms
+
+    short = transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BILINEAR)
     last = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     return (transforms.Compose([short, transforms.CenterCrop(size), *last]),
             transforms.Compose([short, transforms.RandomCrop(size),
@@ -1257,6 +1263,8 @@ def vit_backbone(model, eps, seed, device, cache_dir):
     tuples). UserError if it cannot be loaded, is no ViT, or is a masked autoencoder: PRO-VPT's
     authors read MAE by the mean of patches and prompts, the class token of such a model says less.
     """
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     seed_torch(seed, "unused weights of a checkpoint")
@@ -1288,6 +1296,8 @@ PLANTED_LOOK = {"noise": .1, "size": PLANTED_SIZE}
 
 def tiny_vit(seed, device, cache_dir, progress=lambda items, *_, **__: items, eps=1e-6):
     """A ViT of 6 blocks that tells the 100 coloured textures apart; about 20 s on one CPU core."""
+    import transformers
+
     config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=6, num_attention_heads=4,
                                     intermediate_size=192, image_size=PLANTED_SIZE, patch_size=8,
                                     layer_norm_eps=eps)
@@ -1344,6 +1354,8 @@ def planted(seed, vit, counts, n_train=600, n_test=1000):
     teacher's output, those that a linear map of the bare ViT's output explains worst, so that a
     linear probe is beatable and prompts in the right blocks are what it takes.
     """
+    import scipy.linalg
+
     rng = numpy_generator(seed, "planted", *counts)
     tiles, _ = render_tiles([17] * 100, rng, **PLANTED_LOOK)  # 100 for the prompts, 1,600 to label
     tiles = tiles[rng.permutation(len(tiles))]
