@@ -17,7 +17,7 @@ Run
 
 Paper map (the paper's abstract; our numbers)
     Eq. E1  task tokens             CoAction.forward: A p_k + e_k
-    Eq. E2  attention over tasks    Block.forward
+    Eq. E2  attention over tasks    TaskBlock.forward
     Eq. E3  solutions               CoAction.forward: one head per task
     Eq. E4  training                train_step
     Eq. E5  HV, Range, Sparsity     evaluate, common.hypervolume, angular_range, sparsity
@@ -36,8 +36,8 @@ Cost
     at once as a leading dimension. benchmarks/coaction_claims.py compares it with CoPSL.
 
 Results
-    Mean HV over 10 seeds, every method by the tuned recipe, CoAction / PSL: F1-F6 .8706 / .8676,
-    re3 1.0919 / 1.0836, re-mixed .8251 / .8216, mtmo .331 / .246, re2 1.0067 / 1.0074. Attention
+    Mean HV over 10 seeds, every method by the tuned recipe, CoAction / PSL: F1-F6 .8705 / .8676,
+    re3 1.0919 / 1.0836, re-mixed .8251 / .8216, mtmo .331 / .246, re2 1.0065 / 1.0074. Attention
     pays on re3 (+.006) and mtmo (+.013); copies of a task do not attend to each other. With the
     optima of mtmo moved away from where networks start (--shift .5) it is .156 / .158. Wins, ties
     and losses by task, and what does not hold: benchmarks/RESULTS.md.
@@ -90,26 +90,30 @@ SUITES = {
 # Model: a Transformer over tasks, S independent networks ("seeds") at once
 # ================================================================================================
 
+# Read everything with S = 1 first: then these are nn.Linear, nn.LayerNorm and a pre-norm encoder
+# block as in any Transformer. The leading axis S lets the seeds of an experiment train side by
+# side, since a sequence of K tasks is far too short to keep a processor busy.
 
-def uniform(generators, *shape, bound):
+
+def draw_uniform(generators, *shape, bound):
     """A parameter (S, *shape) drawn from U(-bound, bound), one generator per seed."""
     draws = [torch.rand(*shape, generator=g) for g in generators]
     return nn.Parameter((2 * torch.stack(draws) - 1) * bound)
 
 
-class Linear(nn.Module):
+class SeedLinear(nn.Module):
     """S linear layers side by side: x (S, N, in) -> (S, N, out). Initialised as nn.Linear."""
 
     def __init__(self, fan_in, fan_out, generators):
         super().__init__()
-        self.weight = uniform(generators, fan_in, fan_out, bound=1 / math.sqrt(fan_in))
-        self.bias = uniform(generators, 1, fan_out, bound=1 / math.sqrt(fan_in))
+        self.weight = draw_uniform(generators, fan_in, fan_out, bound=1 / math.sqrt(fan_in))
+        self.bias = draw_uniform(generators, 1, fan_out, bound=1 / math.sqrt(fan_in))
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias, x, self.weight)  # x W + b for each seed
 
 
-class LayerNorm(nn.Module):
+class SeedLayerNorm(nn.Module):
     """S layer norms side by side: (S, N, d) -> (S, N, d)."""
 
     def __init__(self, width, generators):
@@ -121,17 +125,17 @@ class LayerNorm(nn.Module):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
 
 
-class Block(nn.Module):
-    """A pre-norm encoder block over K tokens (E2)."""
+class TaskBlock(nn.Module):
+    """A pre-norm encoder block over K task tokens (E2). attend=False: each sees only itself."""
 
     def __init__(self, width, heads, generators, attend=True):
         super().__init__()
         self.heads, self.attend = heads, attend
-        self.norm1, self.norm2 = LayerNorm(width, generators), LayerNorm(width, generators)
-        self.qkv, self.out = (Linear(width, 3 * width, generators),
-                              Linear(width, width, generators))
-        self.up, self.down = (Linear(width, 2 * width, generators),
-                              Linear(2 * width, width, generators))
+        self.norm1, self.norm2 = (SeedLayerNorm(width, generators) for _ in range(2))
+        self.qkv, self.out = (SeedLinear(width, 3 * width, generators),
+                              SeedLinear(width, width, generators))
+        self.up, self.down = (SeedLinear(width, 2 * width, generators),
+                              SeedLinear(2 * width, width, generators))
 
     def forward(self, h, tasks, maps=None):
         """h: (S, B · K, d), K = tasks tokens a preference -> the same shape.
@@ -139,60 +143,76 @@ class Block(nn.Module):
         maps: a list that gets the attention weights (S, K, K), mean over preferences and heads.
         """
         S, _, d = h.shape
+        # All linear layers treat tokens one by one, so preferences and tasks share an axis there.
+        # Attention is the one place where they part: the K tokens of one preference are a sequence
+        # of their own, and never see another preference's, which is another question.
         qkv = self.qkv(self.norm1(h)).view(S, -1, tasks, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(1, 2)  # 3 x (S · B, heads, K, d / heads)
-        # Eq. (E2): softmax(q kᵀ / √d_head) v over the tasks; without attention a token sees itself
+        q, k, v = (qkv[:, :, :, i].transpose(2, 3).flatten(0, 1) for i in range(3))
+        # each (S · B, heads, K, d / heads): S · B sequences of K tokens
+        # Eq. (E2): softmax(q kᵀ / √d_head) v over the tasks. A token that sees only itself would
+        # have the weight 1 there, so without attention the values pass as they are.
         mixed = F.scaled_dot_product_attention(q, k, v) if self.attend else v
-        if maps is not None:
+        if maps is not None:  # the same weights, which the fused kernel does not hand out
             weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (S · B, heads, K, K)
             maps.append(weights.unflatten(0, (S, -1)).mean((1, 2)))
-        h = h + self.out(mixed.transpose(1, 2).reshape(S, -1, d))
+        h = h + self.out(mixed.transpose(1, 2).reshape(S, -1, d))  # (S, B · K, d)
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
 class CoAction(nn.Module):
     """K tasks, which may differ in objectives and variables, as K tokens of an encoder.
 
-    n_objs: [m_1 ... m_K]; n_vars: [n_1 ... n_K]; generators: one torch.Generator per seed for the
-    initial draw (default: torch's own, one seed); attend, embed: False for the ablations.
+    n_objs: [m_1 ... m_K]; n_vars: [n_1 ... n_K]; width: a multiple of heads (ValueError otherwise);
+    generators: one torch.Generator per seed for the initial draw (default: torch's own, one seed);
+    attend, embed: False for the ablations.
     """
 
     def __init__(self, n_objs, n_vars, width=64, layers=3, heads=4, generators=(None,),
                  attend=True, embed=True):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
         self.n_objs, self.n_vars = list(n_objs), list(n_vars)
         self.width, tasks = width, len(self.n_vars)
-        self.embed = nn.ModuleDict({str(m): Linear(m, width, generators)  # UNSPECIFIED 1
+        # How a preference becomes a token is shared by all tasks with as many objectives
+        # (UNSPECIFIED 1): what sets tasks apart is their embedding alone.
+        self.embed = nn.ModuleDict({str(m): SeedLinear(m, width, generators)
                                     for m in sorted(set(self.n_objs))})
-        scale = 1.0 if embed else 0.0
         # From the abstract: an embedding vector per task, and a Transformer encoder over tasks
+        scale = 1.0 if embed else 0.0
         draws = [torch.randn(tasks, width, generator=g) for g in generators]
         self.task = nn.Parameter(scale * torch.stack(draws), requires_grad=embed)  # (S, K, d)
-        self.blocks = nn.ModuleList(Block(width, heads, generators, attend)  # UNSPECIFIED 2
+        self.blocks = nn.ModuleList(TaskBlock(width, heads, generators, attend)  # UNSPECIFIED 2
                                     for _ in range(layers))
-        bound = .1 / math.sqrt(width)  # UNSPECIFIED 3; padded to the largest n_k
-        self.head = uniform(generators, tasks, width, max(self.n_vars), bound=bound)
-        self.head_bias = uniform(generators, tasks, 1, max(self.n_vars), bound=bound)
+        # UNSPECIFIED 3. Small heads start all solutions near the middle of the box, whatever the
+        # preference; training then moves apart what has to be. Padded to the largest n_k, so that
+        # all heads are one product; forward cuts the padding off, and no gradient reaches it.
+        bound = .1 / math.sqrt(width)
+        self.head = draw_uniform(generators, tasks, width, max(self.n_vars), bound=bound)
+        self.head_bias = draw_uniform(generators, tasks, 1, max(self.n_vars), bound=bound)
 
     def forward(self, preferences, tasks=None, context=True, maps=None):
         """preferences: list of K tensors (S, B, m_k), or one if all m are equal -> list of x_k.
 
         tasks: indices of the tasks to answer (default all). The others are still in the sequence
-        unless context=False. x_k: (S, B, n_k) in the unit cube. maps: see Block.
+        unless context=False. x_k: (S, B, n_k) in the unit cube. maps: see TaskBlock.
         """
-        every = range(len(self.n_vars))
         if torch.is_tensor(preferences):
             preferences = [preferences] * len(self.n_vars)
-        asked = list(every if tasks is None else tasks)
-        present = list(every) if context else asked
+        # `asked` are the tasks whose solutions are wanted, `present` the tokens of the sequence. A
+        # user who needs one task still gets the better answer with the others present, as in
+        # training; alone (context=False) it is cheaper, and says what the others are worth.
+        every = list(range(len(self.n_vars)))
+        asked = every if tasks is None else list(tasks)
+        present = every if context else asked
         # Eq. (E1): h_k = A_{m_k} p_k + e_k
         tokens = [self.embed[str(self.n_objs[k])](preferences[k]) + self.task[:, k, None]
-                  for k in present]
+                  for k in present]  # each (S, B, d)
         h = torch.stack(tokens, 2).flatten(1, 2)  # (S, B · K, d)
         for block in self.blocks:
             h = block(h, len(present), maps)
         h = h.unflatten(1, (-1, len(present))).transpose(1, 2)  # (S, K, B, d)
-        # Eq. (E3): x_k = sigmoid(W_k h_k + b_k)
+        # Eq. (E3): x_k = sigmoid(W_k h_k + b_k), a point of task k's unit cube
         x = torch.sigmoid(h @ self.head[:, present] + self.head_bias[:, present])
         return [x[:, present.index(k), :, :self.n_vars[k]] for k in asked]
 
@@ -209,20 +229,25 @@ class Towers(nn.Module):
     def __init__(self, n_objs, n_vars, width=256, generators=(None,), shared=True):
         super().__init__()
         self.n_objs, self.n_vars, self.width, self.shared = n_objs, n_vars, width, shared
+        # K networks of different shapes as one tensor a layer (S, K, in, out), padded to the most
+        # objectives and the most variables: preferences get zeros in front of padded weights, and
+        # padded solutions are cut off. Each is drawn for its own number of inputs, as nn.Linear.
         tasks, wide = len(n_vars), max(n_objs)
         first = 1 if shared else tasks
         bound = torch.tensor(n_objs[:first]).rsqrt().view(-1, 1, 1)
-        self.w1 = uniform(generators, first, wide, width, bound=bound)
-        self.b1 = uniform(generators, first, 1, width, bound=bound)
-        self.w2, self.w3 = (uniform(generators, tasks, width, out, bound=1 / math.sqrt(width))
+        self.w1 = draw_uniform(generators, first, wide, width, bound=bound)
+        self.b1 = draw_uniform(generators, first, 1, width, bound=bound)
+        self.w2, self.w3 = (draw_uniform(generators, tasks, width, out, bound=1 / math.sqrt(width))
                             for out in (width, max(n_vars)))
-        self.b2, self.b3 = (uniform(generators, tasks, 1, out, bound=1 / math.sqrt(width))
+        self.b2, self.b3 = (draw_uniform(generators, tasks, 1, out, bound=1 / math.sqrt(width))
                             for out in (width, max(n_vars)))
 
     def forward(self, preferences):
+        """List of K preferences (S, B, m_k) -> list of K solutions (S, B, n_k)."""
         wide = max(self.n_objs)
-        p = torch.stack([F.pad(q, (0, wide - q.shape[-1])) for q in preferences], 1)
-        h = F.relu((p[:, :1] if self.shared else p) @ self.w1 + self.b1)
+        p = torch.stack([F.pad(q, (0, wide - q.shape[-1])) for q in preferences], 1)  # (S, K, B, m)
+        # A shared first layer reads one preference for all tasks, so there they must be the same.
+        h = F.relu((p[:, :1] if self.shared else p) @ self.w1 + self.b1)  # (S, 1 or K, B, width)
         h = F.relu(h.expand(-1, len(self.n_vars), -1, -1) @ self.w2 + self.b2)
         x = torch.sigmoid(h @ self.w3 + self.b3)  # (S, K, B, max n)
         return [x[:, k, :, :n] for k, n in enumerate(self.n_vars)]
@@ -243,6 +268,8 @@ def smooth_tchebycheff(values, preferences, mu=.1):
 
     values: (..., m), normalised; preferences: (..., m) > 0; mu: how smooth -> (...).
     """
+    # The minimum of max_j f_j / p_j is where the ray through p meets the front, whatever its shape.
+    # Smoothed, the gradient reaches every objective that is near the largest.
     weights = (1 / preferences) / (1 / preferences).sum(-1, keepdim=True)
     return mu * torch.logsumexp(weights * values / mu, dim=-1)
 
@@ -254,26 +281,32 @@ def modified_tchebycheff(values, preferences, rho=.01):
 
 def dirichlet_preferences(steps, batch, n_obj, generator=None):
     """Preferences ~ Dirichlet(1, ..., 1) + 1e-4. -> (steps, batch, m)."""
+    # Exponential variables over their sum are uniform on the simplex. 1e-4 keeps 1 / p finite.
     e = -torch.rand(steps, batch, n_obj, generator=generator).clamp_min(1e-30).log()
     return e / e.sum(-1, keepdim=True) + 1e-4
 
 
 def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
-    """Like dirichlet_preferences, but each step's batch lies evenly: a randomly shifted lattice.
+    """Like dirichlet_preferences, but each step's batch covers the simplex evenly.
 
-    Kronecker's lattice with the generalised golden ratio; sorted coordinates cut [0, 1] into m
-    parts that are uniform on the simplex; stretched and clipped, so that edges and corners occur
-    (for m > 2 those of the middle objectives less often: cuts are sorted after they are clipped).
+    A lattice, moved by a random shift a step. For m > 2 not even-handed: the edges of the middle
+    objectives occur less often, because cuts are sorted after they are clipped.
     """
+    # 1. A preference of m numbers that sum to 1 is a stick cut in m - 1 places; cuts that are
+    #    uniform on [0, 1] and sorted make preferences that are uniform on the simplex.
+    # 2. `batch` points that lie evenly in [0, 1]^(m-1): Kronecker's lattice, where point i is
+    #    i · (1/g, 1/g², ...) modulo 1, and g is the root of g^m = g + 1 (m = 2: the golden ratio).
     golden = 1.0
-    for _ in range(60):  # the root of g^m = g + 1
+    for _ in range(60):  # fixed-point iteration of g = (1 + g)^(1/m)
         golden = (1 + golden) ** (1 / n_obj)
     slope = torch.tensor([golden ** -(j + 1) for j in range(n_obj - 1)])
+    # 3. One random shift a step, modulo 1: over the steps every preference is equally likely.
     shift = torch.rand(steps, 1, n_obj - 1, generator=generator)
     cuts = (torch.arange(batch)[:, None] * slope + shift) % 1  # (steps, B, m - 1)
+    # 4. Stretched over both ends and clipped: some cuts fall on 0 or 1, the ends of the front.
     cuts = (cuts * (1 + 2 * stretch) - stretch).clamp(0, 1).sort(-1)[0]
     ends = torch.zeros(steps, batch, 1)
-    return torch.cat([ends, cuts, ends + 1], -1).diff(dim=-1) + 1e-4
+    return torch.cat([ends, cuts, ends + 1], -1).diff(dim=-1) + 1e-4  # (steps, B, m)
 
 
 def update_range(ideal, nadir, values, keep=.9):
@@ -285,11 +318,13 @@ def update_range(ideal, nadir, values, keep=.9):
     low, high = values.detach().aminmax(dim=-2, keepdim=True)
     if ideal is None:
         return low, high
+    # The largest value is not kept: early batches are far from the front and would stay in it.
     return torch.minimum(ideal, low), keep * nadir + (1 - keep) * high
 
 
 def clip_gradients(parameters, limit):
     """Scale each seed's gradient, over all parameters (S, ...), to a norm of at most `limit`."""
+    # torch.nn.utils.clip_grad_norm_ would take one norm over all S networks.
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (S,)
     factor = (limit / (norm + 1e-6)).clamp(max=1)
@@ -317,16 +352,16 @@ class World:
 
     def network(self, method):
         """A freshly drawn network, and its optimiser."""
-        args = self.args
+        args, peer = self.args, method in ("copsl", "psl")
         generators = [common.torch_generator(s, "init") for s in self.seeds]
-        if method in ("copsl", "psl"):
+        if peer:
             net = Towers(self.n_objs, self.n_vars, args.tower_width, generators, method == "copsl")
         else:
             net = CoAction(self.n_objs, self.n_vars, args.width, args.layers, args.heads,
                            generators, attend=method != "no-attention",
                            embed=method != "no-embedding")
         net = net.to(self.device, self.dtype)
-        lr = (args.lr if method not in ("copsl", "psl") else args.tower_lr) if self.tuned else 1e-3
+        lr = (args.tower_lr if peer else args.lr) if self.tuned else 1e-3
         betas = (.9, .95) if self.tuned else (.9, .999)
         return net, torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, betas,
                                      fused=True)
@@ -346,7 +381,9 @@ class World:
 
     def test_batch(self):
         """K x (S, N, m_k): each task's test preferences, over and over to the longest list's N."""
-        rows = torch.arange(max(map(len, self.tests)), device=self.device)  # UNSPECIFIED 6
+        # UNSPECIFIED 6: tasks with as many objectives are asked the same; another number of
+        # objectives has another number of test preferences, and the shorter list starts again.
+        rows = torch.arange(max(map(len, self.tests)), device=self.device)
         return [t[rows % len(t)].expand(len(self.seeds), -1, -1) for t in self.tests]
 
     @torch.no_grad()
@@ -357,7 +394,7 @@ class World:
 
 
 def test_preferences(n_obj, count):
-    """m = 2: `count` points of the segment (default 100); else Das-Dennis (m = 3: 105)."""
+    """m = 2: `count` points of the segment (default 100); else Das-Dennis (m = 3: 105). (N, m)."""
     if n_obj == 2:
         t = torch.linspace(0, 1, count or 100, dtype=torch.float64)
         return torch.stack([t, 1 - t], -1)
@@ -366,10 +403,12 @@ def test_preferences(n_obj, count):
 
 def train_step(world, net, optimizer, p, ranges):
     """One step of all seeds; p: list of K preferences (S, B, m_k) -> loss (S,) before the step."""
-    solutions = net(p)
+    solutions = net(p)  # K x (S, B, n_k)
     losses = []
     for k, f in enumerate(world.values(solutions)):
         if world.tuned:  # UNSPECIFIED 4
+            # Objectives as shares of the range between ideal and nadir, both estimated on the way:
+            # kilograms and millimetres then count alike, and so do the tasks in the sum below.
             ranges[k] = ideal, nadir = update_range(*ranges[k], f)
             f = (f - ideal) / (nadir - ideal).clamp_min(1e-12)
             losses.append(smooth_tchebycheff(f, p[k], world.args.mu).mean(-1))
@@ -377,8 +416,10 @@ def train_step(world, net, optimizer, p, ranges):
             losses.append(modified_tchebycheff(f, p[k]).sum(-1))
     # Eq. (E4): Σ_k mean_b g(f_k(x_k(p_b)), p_b)
     loss = torch.stack(losses, -1).sum(-1)  # (S,)
-    total = loss.sum()
-    if world.tuned:  # keeps solutions off the flat ends of the sigmoid, where nothing is learned
+    total = loss.sum()  # no seed's loss depends on another seed's parameters
+    if world.tuned:
+        # The mean squared logit, weighed lightly, keeps solutions off the flat ends of the sigmoid,
+        # where nothing is learned any more.
         total = total + 2e-4 * sum(torch.logit(x, 1e-6).square().mean((1, 2)).sum()
                                    for x in solutions)
     optimizer.zero_grad(set_to_none=True)
@@ -401,7 +442,8 @@ def evaluate(world, net):
         f = (values.cpu().double() - problem.ideal) / (problem.nadir - problem.ideal)
         for s, seed in enumerate(world.seeds):
             common.check_finite(f[s], f"{problem.name}: an objective of the learned front")
-            # Eq. (E5): the three measures of the abstract
+            # Eq. (E5): the three measures of the abstract. Hypervolume: how good; Range: how far
+            # the front reaches; Sparsity: how large the gaps in it are.
             found[seed]["hv"].append(common.hypervolume(f[s], [1.1] * problem.n_obj))
             found[seed]["range"].append(common.angular_range(f[s]))
             found[seed]["sparsity"].append(common.sparsity(f[s]))
@@ -421,18 +463,22 @@ def train(world, run, method, saved, save):
     """Train all seeds of one method -> (network, history: step -> dict of evaluate, CPU-s)."""
     args = world.args
     net, optimizer = world.network(method)
+    trained = [(dict(net.named_parameters()), optimizer)]
     peak, ranges = optimizer.param_groups[0]["lr"], [(None, None)] * len(world.problems)
     start, spent = 0, 0.0
     if saved is None:
         history = {0: run.gather(evaluate(world, net))}
     else:
         start, history, spent = saved["step"], saved["history"], saved["spent"]
-        ranges = unpack(saved["seeds"], world, net, optimizer)
+        found = common.unpack_seeds(saved["seeds"], world.seeds, trained, world.device)
+        ranges = [(found.get(f"ideal {k}"), found.get(f"nadir {k}")) for k in range(len(ranges))]
     preferences, began = world.preferences(), time.process_time()
     for step in run.progress(range(start, args.steps), METHODS[method].strip(), initial=start,
                              total=args.steps):
         if world.tuned:
             optimizer.param_groups[0]["lr"] = peak * (1 + math.cos(math.pi * step / args.steps)) / 2
+        # UNSPECIFIED 6: tasks with as many objectives get the same preferences in a step. Their
+        # tokens then ask the same question of different tasks, which is what could be shared.
         p = [preferences[m][step] for m in world.n_objs]
         loss = train_step(world, net, optimizer, p, ranges)
         done = step + 1
@@ -442,36 +488,13 @@ def train(world, run, method, saved, save):
             now = [v for found in history[done].values() for v in found["hv"]]
             run.log(method=method, step=done, loss=loss.mean().item(), hv=sum(now) / len(now))
         if done % args.save_every == 0 or done == args.steps:
+            # Seed by seed, so that a run may be continued by another number of processes.
+            more = {f"{which} {k}": t for k, pair in enumerate(ranges)
+                    for which, t in zip(("ideal", "nadir"), pair, strict=True)}
             save({"method": method, "step": done, "history": history,
                   "spent": spent + time.process_time() - began,
-                  "seeds": run.gather(pack(world, net, optimizer, ranges))})
+                  "seeds": run.gather(common.pack_seeds(world.seeds, trained, more))})
     return net, history, spent + time.process_time() - began
-
-
-def pack(world, net, optimizer, ranges):
-    """Everything that training changes, per seed: dict seed -> dict name -> tensor."""
-    found, step = {}, None
-    for name, p in net.named_parameters():
-        moments = optimizer.state.get(p, {})
-        step = moments.get("step", step)
-        found |= {name: p, **{f"{k} {name}": v for k, v in moments.items() if k != "step"}}
-    found |= {f"{which} {k}": t for k, pair in enumerate(ranges)
-              for which, t in zip(("ideal", "nadir"), pair, strict=True) if t is not None}
-    return {seed: {"step": step.clone(), **{k: t[s].detach().clone() for k, t in found.items()}}
-            for s, seed in enumerate(world.seeds)}
-
-
-def unpack(seeds, world, net, optimizer):
-    """The reverse of pack, for this process's seeds -> ranges."""
-    mine = [seeds[s] for s in world.seeds]
-    found = {k: torch.stack([t[k] for t in mine]).to(world.device) for k in mine[0]}
-    for name, p in net.named_parameters():
-        p.data.copy_(found[name])
-        if p.requires_grad:
-            optimizer.state[p] = {"step": found["step"][0].clone(), **{
-                k: found[f"{k} {name}"] for k in ("exp_avg", "exp_avg_sq")}}
-    return [tuple(found.get(f"{which} {k}") for which in ("ideal", "nadir"))
-            for k in range(len(world.problems))]
 
 
 # ================================================================================================
@@ -483,71 +506,44 @@ def build_parser():
     """All flags."""
     parser = common.Parser(__doc__)
     common.add_run_arguments(parser)
-    number = common.number
-    group = parser.add_argument_group("tasks")
-    group.add_argument("--suite", choices=sorted(SUITES), default=None,
-                       help="f: F1-F6 (default); zdt; re2, re3: real-world problems with 2, 3 "
-                            "objectives; re-mixed: 2, 3 and 4 together; mtmo: the nine CEC 2017 "
-                            "pairs")
-    group.add_argument("--problems", nargs="+", default=None, metavar="NAME",
-                       help="instead of a suite: names such as f1 zdt3 re41 cihs1, or FILE.py:NAME")
-    group.add_argument("--shift", type=number(float, low=0, high=.9), default=0.0,
-                       help="move the optima of mtmo tasks by up to this fraction of half the "
-                            "width (default 0: several lie in the middle, where a fresh network "
-                            "starts)")
-    group.add_argument("--eval-points", type=number(int, low=4), default=None,
-                       help="preferences to test on (default: 100 for 2 objectives, 105 for 3, at "
-                            "most 210 for more)")
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", default="psl,copsl,coaction",
-                       help=f"{', '.join(METHODS)}, several with commas, or all; copsl is left out "
-                            "where objectives differ in number (default %(default)s)")
-    group.add_argument("--recipe", choices=["tuned", "copsl"], default="tuned",
-                       help="UNSPECIFIED 4. tuned: even preferences, smooth Tchebycheff of "
-                            "normalised objectives, learning-rate decay; copsl: mtch on raw "
-                            "objectives, learning rate 1e-3, as CoPSL's paper")
-    group.add_argument("--width", type=number(int, low=1), default=64,
-                       help="d, a multiple of --heads (default %(default)s)")
-    group.add_argument("--layers", type=number(int, low=1), default=3,
-                       help="encoder layers (default %(default)s)")
-    group.add_argument("--heads", type=number(int, low=1), default=4,
-                       help="attention heads (default %(default)s)")
-    group.add_argument("--tower-width", type=number(int, low=1), default=256,
-                       help="hidden units of PSL and CoPSL (their papers %(default)s)")
-    group.add_argument("--mu", type=number(float, above=0), default=.1,
-                       help="μ of the smooth Tchebycheff loss, in units of normalised objectives "
-                            "(default %(default)s)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--seeds", type=number(int, low=1), default=5,
-                       help="independent networks, trained at once: --seed, --seed + 1, ... "
-                            "(default %(default)s)")
-    group.add_argument("--steps", type=number(int, low=1), default=500,
-                       help="steps (default %(default)s, as CoPSL)")
-    group.add_argument("--batch", type=number(int, low=1), default=30,
-                       help="preferences a step (default %(default)s, as CoPSL)")
-    group.add_argument("--lr", type=number(float, above=0), default=5e-3,
-                       help="learning rate of CoAction, tuned recipe (default %(default)s)")
-    group.add_argument("--tower-lr", type=number(float, above=0), default=5e-3,
-                       help="learning rate of PSL and CoPSL, tuned recipe (default %(default)s)")
-    group.add_argument("--eval-every", type=number(int, low=1), default=25,
-                       help="steps between evaluations (default %(default)s)")
-    group.add_argument("--save-every", type=number(int, low=1), default=100,
-                       help="steps between checkpoints (default %(default)s)")
+    add = parser.group("tasks")
+    add("--suite", sorted(SUITES), None, "f: F1-F6 (default); zdt; re2, re3: real-world problems "
+        "with 2, 3 objectives; re-mixed: 2, 3 and 4 together; mtmo: the nine CEC 2017 pairs")
+    add("--problems", str, None, "instead of a suite: names such as f1 zdt3 re41 cihs1, or "
+        "FILE.py:NAME", nargs="+", metavar="NAME")
+    add("--shift", float, 0.0, "move the optima of mtmo tasks by up to this fraction of half the "
+        "width (default 0: several lie in the middle, where a network starts)", low=0, high=.9)
+    add("--eval-points", int, None, "test preferences (default 100; 105 for 3 objectives, at most "
+        "210 for more)", low=4)
+    add = parser.group("method")
+    add("--method", str, "psl,copsl,coaction", f"{', '.join(METHODS)}, several with commas, or all;"
+        " copsl is left out where objectives differ in number")
+    add("--recipe", ["tuned", "copsl"], "tuned", "UNSPECIFIED 4. tuned: even preferences, smooth "
+        "Tchebycheff of normalised objectives, decay; copsl: mtch, learning rate 1e-3, as CoPSL")
+    add("--width", int, 64, "d, a multiple of --heads", low=1)
+    add("--layers", int, 3, "encoder layers", low=1)
+    add("--heads", int, 4, "attention heads", low=1)
+    add("--tower-width", int, 256, "hidden units of PSL and CoPSL (their papers 256)", low=1)
+    add("--mu", float, .1, "μ of the smooth Tchebycheff loss, normalised objectives", above=0)
+    add = parser.group("training")
+    add("--seeds", int, 5, "independent networks, trained at once: --seed, --seed + 1, ...", low=1)
+    add("--steps", int, 500, "steps, as CoPSL", low=1)
+    add("--batch", int, 30, "preferences a step, as CoPSL", low=1)
+    add("--lr", float, 5e-3, "learning rate of CoAction, tuned recipe", above=0)
+    add("--tower-lr", float, 5e-3, "learning rate of PSL and CoPSL, tuned recipe", above=0)
+    add("--eval-every", int, 25, "steps between evaluations", low=1)
+    add("--save-every", int, 100, "steps between checkpoints", low=1)
     return parser
 
 
 def resolve(args):
     """Expand names; refuse what does not go together."""
-    chosen = args.method.split(",")
-    for name in chosen:
-        if name not in METHODS and name != "all":
-            raise common.UserError(
-                f"--method {name!r} is unknown; there are {', '.join(METHODS)} and all")
+    chosen = common.choose(args.method, METHODS)
+    args.method = ",".join(m for m in METHODS if m in chosen)
     if args.suite and args.problems:
         raise common.UserError("--suite and --problems both name the tasks; give one of them")
     if args.width % args.heads:
         raise common.UserError(f"--width {args.width} is not a multiple of --heads {args.heads}")
-    args.method = ",".join(m for m in METHODS if m in chosen or "all" in chosen)
     if args.problems is None:
         args.suite = args.suite or "f"
         args.problems = SUITES[args.suite]
@@ -556,28 +552,17 @@ def resolve(args):
     return args
 
 
-def load_tasks(args):
-    """The problems of --suite or --problems; says when a rotation of MTMO is a stand-in."""
-    problems = [data.get_problem(n, args.data_dir, args.seed, args.shift) for n in args.problems]
-    if len({p.name for p in problems}) < len(problems):
-        raise common.UserError("--problems: results are kept by name, so names must differ; got "
-                               + ", ".join(p.name for p in problems))
-    return problems, sorted(p.name for p in problems if p.stand_in)
-
-
 def main(argv=None):
     """The command: every method of --method in turn, each resumable, then the report."""
     args = resolve(build_parser().parse_args(argv))
-    problems, missing = load_tasks(args)
+    problems = data.get_problems(args.problems, args.data_dir, args.seed, args.shift)
     methods = args.method.split(",")
     if len({p.n_obj for p in problems}) > 1 and "copsl" in methods:
         methods.remove("copsl")  # it cannot: one shared layer reads one kind of preference
         if not methods:
             raise common.UserError("--method copsl needs tasks with one number of objectives")
     with common.Run(args, f"coaction-{args.suite or 'problems'}") as run:
-        if run.world > args.seeds:
-            raise common.UserError(f"{run.world} processes, but only --seeds {args.seeds} to share")
-        seeds = run.share(range(args.seed, args.seed + args.seeds))
+        seeds = run.share_seeds(args.seed, args.seeds)
         state = run.load() or {"done": {}, "trained": {}, "current": None}
         run.begin()
         world = World(problems, seeds, args, run.device)
@@ -596,7 +581,8 @@ def main(argv=None):
                 {s: {n: p[i] for n, p in net.named_parameters()} for i, s in enumerate(seeds)})
             state["current"] = None
             run.save(state, method)
-        report(world, run, state, missing)
+        if run.rank == 0:
+            report(world, run, state)
 
 
 def summarise(found, names):
@@ -616,34 +602,23 @@ def summarise(found, names):
     return result
 
 
-def spread(numbers):
-    """Mean ± std of one number per seed, as text."""
-    if None in numbers:
-        return "-"
-    t = torch.tensor(numbers, dtype=torch.float64)
-    return f"{t.mean():.4f}" + (f" ±{t.std():.4f}" if len(t) > 1 else "")
-
-
-def report(world, run, state, missing):
-    """Tables, figure, result.json and the RESULT line (by rank 0)."""
-    if run.rank:
-        return
+def report(world, run, state):
+    """Tables, figure, result.json and the RESULT line."""
     names, args = [p.name for p in world.problems], world.args
     results = {m: summarise(found, names) for m, found in state["done"].items()}
     for key, title in (("hv", "Hypervolume"), ("range", "Range (radians)"),
                        ("sparsity", "Sparsity (smaller is denser)")):
         run.table([title, *(METHODS[m] for m in results)],
-                  [[n, *(spread(results[m][key][n]) for m in results)] for n in names])
+                  [[n, *(common.spread(r[key][n]) for r in results.values())] for n in names])
         print()
-    means = {m: sum(map(sum, r["hv"].values())) / len(names) / args.seeds
-             for m, r in results.items()}
-    fresh = {m: sum(map(sum, r["initial_hv"].values())) / len(names) / args.seeds
-             for m, r in results.items()}
+    means, fresh = ({m: sum(map(sum, r[key].values())) / len(names) / args.seeds
+                     for m, r in results.items()} for key in ("hv", "initial_hv"))
     run.table(["", "mean HV", "before training", "parameters", "CPU-s, all seeds"],
               [[METHODS[m], f"{means[m]:.4f}", f"{fresh[m]:.4f}", r["parameters"],
                 state["done"][m]["spent"]] for m, r in results.items()])
     print(f"mean ± std over {args.seeds} seeds; all of (f - ideal) / (nadir - ideal); CPU-s of "
           "this process, evaluation included")
+    missing = sorted(p.name for p in world.problems if p.stand_in)
     if missing:
         print(f"no {', '.join(missing)} in {args.data_dir / 'mtmo'}: random matrices stand in for "
               "the competition's, so numbers of these tasks compare with nobody else's")
@@ -659,62 +634,38 @@ def report(world, run, state, missing):
 
 def draw_figure(world, state, results, path):
     """Left: fronts per task (first seed of rank 0). Right: mean attention between tasks."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    styles = {"coaction": ("#0072B2", "o"), "copsl": ("#D55E00", "x"), "psl": ("#E69F00", "^"),
-              "no-attention": ("#009E73", "+"), "no-embedding": ("#CC79A7", "s")}  # Okabe-Ito
+    looks = {"coaction": (common.BLUE, "o"), "copsl": (common.ORANGE, "x"),
+             "psl": (common.AMBER, "^"), "no-attention": (common.GREEN, "+"),
+             "no-embedding": (common.PINK, "s")}
+    styles = {m: (METHODS[m].strip(), *look) for m, look in looks.items()}
     shown = [m for m in ("psl", "copsl", "coaction") if m in results] or list(results)[:3]
+    problems, names = world.problems, [p.name for p in world.problems]
     fronts = {}
     for method in shown:
         net, _ = world.network(method)
         for name, p in net.named_parameters():
             p.data.copy_(torch.stack([state["trained"][method][s][name] for s in world.seeds]))
-        fronts[method] = world.fronts(net)
-    tasks = len(world.problems)
-    columns = min(tasks, 3 if tasks <= 9 else 6)
-    rows, wide = -(-tasks // columns), 3.2 * columns
-    heat = "attention" in results.get("coaction", {})
-    figure = plt.figure(figsize=(wide + (5.4 if heat else 0), max(3.0 * rows, 4.2)),
-                        layout="constrained")
-    parts = figure.subfigures(1, 2, width_ratios=(wide, 5.4)) if heat else [figure]
-    for k, problem in enumerate(world.problems):
-        deep = problem.n_obj >= 3
-        axes = parts[0].add_subplot(rows, columns, k + 1, projection="3d" if deep else None)
-        reference = (data.reference_front(problem, 400) - problem.ideal) / (problem.nadir
-                                                                           - problem.ideal)
-        sets = [("reference", reference, "#AAAAAA", ".", 3)]
-        sets += [(METHODS[m].strip(), (fronts[m][k][0].cpu().double() - problem.ideal)
-                  / (problem.nadir - problem.ideal), *styles[m], 9) for m in shown]
-        beyond = 0
-        for label, f, colour, marker, size in sets:
-            inside = (f <= 1.6).all(-1)
-            beyond += int((~inside).sum()) if label != "reference" else 0
-            axes.scatter(*f[inside][:, :3].T, s=size, color=colour, marker=marker, linewidths=.7,
-                         alpha=.8, label=label)
-        told = f", {beyond} points beyond" if beyond else ""
-        hv = sum(results[shown[-1]]["hv"][problem.name]) / world.args.seeds
-        axes.set_title(f"{problem.name}  HV {hv:.3f}{told}", fontsize=8)
-        axes.tick_params(labelsize=6)
-        axes.locator_params(nbins=4)
-        axes.set_xlabel("$f_1$", fontsize=7, labelpad=1)
-        axes.set_ylabel("$f_2$", fontsize=7, labelpad=1)
-        if k == 0:
-            handles = axes.get_legend_handles_labels()
-    parts[0].legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    parts[0].suptitle(f"Normalised fronts, seed {world.seeds[0]}; HV of "
-                      f"{METHODS[shown[-1]].strip()}, mean of {world.args.seeds} seeds", fontsize=9)
-    if heat:
-        axes = parts[1].add_subplot()
-        image = axes.imshow(results["coaction"]["attention"], cmap="cividis", vmin=0)
-        names = [p.name for p in world.problems]
-        axes.set_xticks(range(tasks), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(tasks), names, fontsize=7)
-        axes.set(xlabel="is read", ylabel="reads")
-        parts[1].suptitle(f"Mean attention between tasks (uniform: {1 / tasks:.2f})", fontsize=9)
-        parts[1].colorbar(image, ax=axes, shrink=.7)
-    common.atomic_write(path, lambda p: figure.savefig(p, dpi=130))
-    plt.close(figure)
+        fronts[method] = [(f[0].cpu().double() - p.ideal) / (p.nadir - p.ideal)
+                          for f, p in zip(world.fronts(net), problems, strict=True)]
+    references = [(data.reference_front(p, 400) - p.ideal) / (p.nadir - p.ideal) for p in problems]
+    titles = []
+    for k, n in enumerate(names):
+        beyond = sum(int((fronts[m][k] > 1.6).any(-1).sum()) for m in shown)
+        hv = sum(results[shown[-1]]["hv"][n]) / world.args.seeds
+        titles.append(f"{n}  HV {hv:.3f}" + (f", {beyond} points beyond" if beyond else ""))
+    columns = min(len(names), 3 if len(names) <= 9 else 6)
+    wide, tall = 3.2 * columns, max(3.0 * -(-len(names) // columns), 4.2)
+    heat = results.get("coaction", {}).get("attention")
+    title = (f"CoAction: normalised fronts, seed {world.seeds[0]}; HV of "
+             f"{METHODS[shown[-1]].strip()}, mean of {world.args.seeds} seeds")
+    with common.figure(path, title, (wide + (5.4 if heat else 0), tall)) as (drawing, _):
+        parts = drawing.subfigures(1, 2, width_ratios=(wide, 5.4)) if heat else [drawing]
+        common.front_panels(parts[0], names, fronts, styles, references, 1.6, columns, titles)
+        if heat:
+            axes = parts[1].add_subplot()
+            common.heat_map(axes, heat, f"mean attention (uniform: {1 / len(names):.2f})", names,
+                            names, "weight", cmap="cividis", vmin=0)
+            axes.set(xlabel="is read", ylabel="reads")
 
 
 if __name__ == "__main__":

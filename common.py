@@ -334,6 +334,12 @@ class Run:
         """This process's part of a list."""
         return list(items)[self.rank::self.world]
 
+    def share_seeds(self, first, count):
+        """This process's part of `count` seeds from `first` on; UserError if there are too few."""
+        if self.world > count:
+            raise UserError(f"{self.world} processes, but only --seeds {count} to share")
+        return self.share(range(first, first + count))
+
     def gather(self, part):
         """The union of all processes' dicts, the same in all of them. Tensors come on the CPU."""
         if self.world == 1:

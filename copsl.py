@@ -41,10 +41,11 @@ Cost
     K. benchmarks/copsl_speed.py measures both beside a plain arrangement.
 
 Results
-    F1-F6, 10 seeds, half a CPU-minute: mean HV .8169 (the authors' code .8228), tuned .8680, front
-    at 100 points .8718. `tuned` is above the paper's recipe on all 11 problems of the paper.
-    Training takes a fifth of a plain arrangement's CPU time a seed, GradNorm a twelfth. Spreads,
-    NSGA-II/III and MOEA/D at equal evaluations, what does not hold: benchmarks/RESULTS.md.
+    F1-F6, 10 seeds, half a CPU-minute: mean HV .8166 (the authors' programs, 10 seeds: .8201),
+    tuned .8677, front at 100 points .8718. `tuned` is above the paper's recipe on all 11 problems
+    of the paper. Training takes a fifth of a plain arrangement's CPU time a seed, GradNorm a
+    twelfth. Spreads, NSGA-II/III and MOEA/D at equal evaluations, what does not hold:
+    benchmarks/RESULTS.md.
 
 Where we depart (the marks can be searched for)
     DEVIATION 1   COSMOS subtracts γ cos(p, f), as its authors do; the CoPSL code adds it (--recipe
@@ -63,10 +64,10 @@ References
 # ================================================================================================
 # Setup
 # ================================================================================================
-import csv
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -103,49 +104,73 @@ class CoPSL(nn.Module):
 
     n_obj: m; n_vars: [n_1 ... n_K]; generators: one torch.Generator per seed for the initial draw
     (default: torch's own, one seed). forward(p (S, B, m)) -> list of K solutions (S, B, n_k) in the
-    unit cube. Initialised as nn.Linear. Every parameter has shape (S, 1 or K, in, out); towers are
-    padded to the largest n_k, and padding never gets a gradient.
+    unit cube.
     """
     shared = True
 
     def __init__(self, n_obj, n_vars, width=256, generators=(None,)):
         super().__init__()
         self.n_obj, self.n_vars, self.width = n_obj, list(n_vars), width
-        towers = len(self.n_vars)
-        sizes = [(1 if self.shared else towers, n_obj, width), (towers, width, width),
-                 (towers, width, max(self.n_vars))]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for count, fan_in, fan_out in sizes:
-            for group, rows in ((self.weights, fan_in), (self.biases, 1)):
-                draws = [torch.rand(count, rows, fan_out, generator=g) for g in generators]
-                group.append((2 * torch.stack(draws) - 1) / math.sqrt(fan_in))
-        self.branches = None
+        towers, widest = len(self.n_vars), max(self.n_vars)
+        # The paper's network is a shared Linear(m, 256) and K towers Linear(256, 256) -
+        # Linear(256, n_k), and an experiment trains it for S seeds. Written like that it is S · K
+        # products of small matrices a layer; here each layer is one tensor (S, towers, in, out) and
+        # one batched product. Two things make that possible:
+        #   - the shared layer is a layer with 1 tower, which broadcasts over the K of the next one;
+        #   - the K last layers are padded to the largest n_k. forward cuts the padding off, so no
+        #     gradient reaches it, and Adam leaves it as it was drawn.
+        first = 1 if self.shared else towers
+        layers = [self._draw(count, fan_in, fan_out, generators) for count, fan_in, fan_out in
+                  ((first, n_obj, width), (towers, width, width), (towers, width, widest))]
+        self.weights = nn.ParameterList(w for w, _ in layers)  # 3 x (S, 1 or K, in, out)
+        self.biases = nn.ParameterList(b for _, b in layers)  # 3 x (S, 1 or K, 1, out)
+
+    @staticmethod
+    def _draw(count, fan_in, fan_out, generators):
+        """A layer's weights and biases, drawn as nn.Linear draws them: U(± 1 / √fan_in)."""
+        tensors = []
+        for rows in (fan_in, 1):
+            draws = torch.stack([torch.rand(count, rows, fan_out, generator=g) for g in generators])
+            tensors.append(nn.Parameter((2 * draws - 1) / math.sqrt(fan_in)))
+        return tensors
 
     def forward(self, preferences):
-        (w1, w2, w3), (b1, b2, b3) = self.weights, self.biases
-        h = F.relu(preferences[:, None] @ w1 + b1)  # (S, 1 or K, B, width)
-        h = h.expand(-1, len(self.n_vars), -1, -1)  # (S, K, B, width): what each tower reads
-        if h.requires_grad:
-            self.branches = h
-        # Eq. (E1): x_k = sigmoid(tower_k(shared(p)))
-        x = torch.sigmoid(F.relu(h @ w2 + b2) @ w3 + b3)  # (S, K, B, max n)
+        return self.solve(self.read(preferences))
+
+    def read(self, preferences):
+        """The shared layer: preferences (S, B, m) -> what each tower reads (S, K, B, width)."""
+        h = F.relu(preferences[:, None] @ self.weights[0] + self.biases[0])  # (S, 1 or K, B, width)
+        # Nothing is copied here, but from now on every tower has a branch of its own, and so has
+        # its gradient: shared_gradient_norms lives on that.
+        return h.expand(-1, len(self.n_vars), -1, -1)  # (S, K, B, width)
+
+    def solve(self, h):
+        """The towers: (S, K, B, width) -> list of K solutions (S, B, n_k)."""
+        # Eq. (E1): x_k(p) = sigmoid(tower_k(shared(p))). The sigmoid keeps x_k inside the unit
+        # cube, which Problem.scale stretches to the bounds of problem k.
+        h = F.relu(h @ self.weights[1] + self.biases[1])  # (S, K, B, width)
+        x = torch.sigmoid(h @ self.weights[2] + self.biases[2])  # (S, K, B, max n)
         return [x[:, k, :, :n] for k, n in enumerate(self.n_vars)]
 
-    def shared_gradient_norms(self, preferences, losses):
-        """‖∇_W L_k‖ for the shared layer's weight W and every problem. losses (S, K) -> (S, K).
+    def shared_gradient_norms(self, preferences, h, losses):
+        """‖∇_W L_k‖ for the shared layer's weight W and every problem, in one backward pass.
 
-        One backward pass serves all problems: L_k reaches W only through its own branch, so the
-        gradient at the branches keeps the problems apart. The graph is kept for the caller.
+        preferences (S, B, m), h = read(preferences), losses (S, K) computed from solve(h)
+        -> (S, K). The graph is kept for the caller.
         """
-        h = self.branches
+        # GradNorm asks how hard each problem pulls at the shared weights. The plain way is K
+        # backward passes, one for each problem:
+        #     [torch.autograd.grad(losses[:, k].sum(), w1, retain_graph=True) for k in range(K)]
+        # But L_k reaches W through branch k only. So one backward pass of the sum, stopped at the
+        # branches, has all K gradients side by side, and the last layer is done by hand: with
+        # h = relu(p W + b), ∂L_k/∂W = pᵀ (∂L_k/∂h_k where h_k > 0). The same numbers for one pass.
         at_branch, = torch.autograd.grad(losses.sum(), h, retain_graph=True)  # (S, K, B, width)
         per_weight = preferences[:, None].mT @ (at_branch * (h > 0))  # (S, K, m, width)
-        return per_weight.flatten(2).norm(dim=-1)
+        return per_weight.flatten(2).norm(dim=-1)  # (S, K)
 
     def num_parameters(self):
         """Parameters of one seed's network, padding not counted."""
-        first = sum(p[0].numel() for p in (self.weights[0], self.biases[0]))
-        w = self.width
+        w, first = self.width, self.weights[0][0].numel() + self.biases[0][0].numel()
         return first + sum((w + 1) * w + (w + 1) * n for n in self.n_vars)
 
 
@@ -166,45 +191,62 @@ def scalarize(values, preferences, kind, ideal=0.0, rho=.01, gamma=100.0, mu=.1,
     kind: "ls", "tch", "mtch", "cosmos" as in the paper; "stch" smooth Tchebycheff (Lin et al. 2024)
     and "smtch" its form with weights 1/p, as mtch has them, normalised to sum 1
     rho: weight of the sum that keeps (m)tch strictly monotone; gamma, cosmos_sign: COSMOS's angle
-    term; mu > 0: how smooth the maximum is, in units of f -> (...).
+    term; mu > 0: how smooth the maximum is, in units of f -> (...). ValueError: another kind.
     """
     f, p = values - ideal, preferences
+    # A weighted sum finds the point of the front whose tangent is normal to p: convex parts only.
     if kind == "ls":  # Eq. (E2a): Σ_j p_j f_j
         return (p * f).sum(-1)
+    # Tchebycheff functions have their minimum where the ray through p (for mtch) meets the front,
+    # whatever its shape; ρ Σ f pushes on along objectives that are not the largest.
     if kind == "tch":  # Eq. (E2b): max_j p_j f_j + ρ Σ_j f_j
         return (p * f).amax(-1) + rho * f.sum(-1)
     if kind == "mtch":  # Eq. (E2c): max_j f_j / p_j + ρ Σ_j f_j
         return (f / p).amax(-1) + rho * f.sum(-1)
+    # COSMOS: a weighted sum that is also drawn towards the direction of p, so that different
+    # preferences get different solutions.
     if kind == "cosmos":  # Eq. (E2d): Σ_j p_j f_j - γ cos(p, f)   DEVIATION 1
         return (p * f).sum(-1) + cosmos_sign * gamma * F.cosine_similarity(p, f, dim=-1)
+    if kind not in ("stch", "smtch"):
+        raise ValueError(f"kind {kind!r}: expected ls, tch, mtch, cosmos, stch or smtch")
+    # Smooth Tchebycheff: μ log Σ_j exp(w_j f_j / μ) -> max_j w_j f_j as μ -> 0. Its gradient
+    # reaches all objectives that are near the largest, not that one alone.
     weights = p if kind == "stch" else (1 / p) / (1 / p).sum(-1, keepdim=True)
-    # Smooth Tchebycheff: μ log Σ_j exp(w_j f_j / μ) -> max_j w_j f_j as μ -> 0
     return mu * torch.logsumexp(weights * f / mu, dim=-1)
 
 
 def dirichlet_preferences(steps, batch, n_obj, generator=None):
     """Preferences ~ Dirichlet(1, ..., 1) + 1e-4, as the paper. -> (steps, batch, m)."""
+    # Exponential variables over their sum are uniform on the simplex. 1e-4 keeps 1 / p finite.
     e = -torch.rand(steps, batch, n_obj, generator=generator).clamp_min(1e-30).log()
     return e / e.sum(-1, keepdim=True) + 1e-4
 
 
 def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
-    """Like dirichlet_preferences, but each step's batch lies evenly: a randomly shifted lattice.
+    """Like dirichlet_preferences, but each step's batch covers the simplex evenly (ours).
 
-    The lattice is Kronecker's with the generalised golden ratio; sorted coordinates cut [0, 1] into
-    m parts that are uniform on the simplex. It is stretched a little and clipped, so that edges
-    and corners are drawn too: the ends of a front are seldom seen otherwise. For m > 2 this is not
-    even-handed: the edges of the middle objectives occur less often (cuts are sorted when clipped).
+    30 random preferences leave gaps and clumps, and hardly ever an end of the front. These are a
+    lattice, moved by a random shift a step. For m > 2 not even-handed: the edges of the middle
+    objectives occur less often, because cuts are sorted after they are clipped.
     """
+    # 1. A preference of m numbers that sum to 1 is a stick cut in m - 1 places; cuts that are
+    #    uniform on [0, 1] and sorted make preferences that are uniform on the simplex.
+    # 2. So what is wanted is `batch` points that lie evenly in [0, 1]^(m-1). Kronecker's lattice
+    #    does that for any number: point i is i · (1/g, 1/g², ...) modulo 1, where g is the golden
+    #    ratio's relative in m - 1 dimensions, the root of g^m = g + 1 (m = 2: 1.618...).
     golden = 1.0
-    for _ in range(60):  # the root of g^m = g + 1
+    for _ in range(60):  # fixed-point iteration of g = (1 + g)^(1/m)
         golden = (1 + golden) ** (1 / n_obj)
     slope = torch.tensor([golden ** -(j + 1) for j in range(n_obj - 1)])
+    # 3. One random shift a step (modulo 1, which keeps the lattice even) makes every preference
+    #    equally likely over the steps.
     shift = torch.rand(steps, 1, n_obj - 1, generator=generator)
     cuts = (torch.arange(batch)[:, None] * slope + shift) % 1  # (steps, B, m - 1)
+    # 4. Stretched by 5% over both ends and clipped: some cuts fall on 0 or 1 exactly, which are
+    #    preferences for fewer than m objectives, the ends of the front.
     cuts = (cuts * (1 + 2 * stretch) - stretch).clamp(0, 1).sort(-1)[0]
     ends = torch.zeros(steps, batch, 1)
-    return torch.cat([ends, cuts, ends + 1], -1).diff(dim=-1) + 1e-4
+    return torch.cat([ends, cuts, ends + 1], -1).diff(dim=-1) + 1e-4  # (steps, B, m)
 
 
 def update_range(ideal, nadir, values, keep=.9):
@@ -216,30 +258,37 @@ def update_range(ideal, nadir, values, keep=.9):
     low, high = values.detach().aminmax(dim=-2, keepdim=True)
     if ideal is None:
         return low, high
+    # The smallest value seen is a lower bound that only gets better. The largest is not kept: early
+    # batches are far from the front, and their values would stay in it.
     return torch.minimum(ideal, low), keep * nadir + (1 - keep) * high
 
 
 def gradnorm_weights(weights, losses, first_losses, norms, optimizer, alpha=1.75):
     """One GradNorm step (E4): move the weights so that all problems train at one rate.
 
-    weights: (S, K) leaf tensor that `optimizer` steps, changed in place, sum K afterwards; losses,
-    first_losses: (S, K) L_k now and at step 0; norms: (S, K) ‖∇_W L_k‖ of the unweighted losses.
+    weights: (S, K) or (K,) leaf tensor that `optimizer` steps, changed in place, sum K afterwards;
+    losses, first_losses: alike, L_k now and at step 0; norms: alike, ‖∇_W L_k‖ unweighted.
     """
+    # A problem that has come less far than the others (r_k > 1) should pull harder: its weighted
+    # gradient norm G_k is drawn to mean(G) · r_k^α. α says how strongly rates are made equal.
     G = weights.detach() * norms
     rates = losses / first_losses
     rates = rates / rates.mean(-1, keepdim=True)  # r_k: below 1 trains faster than the mean
     target = G.mean(-1, keepdim=True) * rates ** alpha
-    # Eq. (E4): minimise Σ_k |G_k - mean(G) r_k^α| over w only; its gradient in closed form
+    # Eq. (E4): minimise Σ_k |G_k - mean(G) r_k^α| over w alone, the target held constant. Since
+    # G_k = w_k · norm_k, its gradient needs no autograd: sign(G_k - target_k) · norm_k.
     weights.grad = torch.sign(G - target) * norms
     optimizer.step()
     with torch.no_grad():
         weights.clamp_(min=1e-3)  # DEVIATION 4
+        # only the proportions are learned: the sum stays K, so the learning rate means the same
         weights *= weights.shape[-1] / weights.sum(-1, keepdim=True)
 
 
 def clip_gradients(parameters, limit):
     """Scale each seed's gradient over all parameters (S, ...) to norm <= limit, in place."""
-    grads = [p.grad for p in parameters]
+    # torch.nn.utils.clip_grad_norm_ would take one norm over all S networks.
+    grads = [p.grad for p in parameters if p.grad is not None]
     norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (S,)
     factor = (limit / (norm + 1e-6)).clamp(max=1)
     for g in grads:
@@ -291,29 +340,40 @@ def test_preferences(n_obj, count, circle):
     if n_obj == 2:
         t = torch.linspace(0, 1, count or 100, dtype=torch.float64)
         p = torch.stack([t, 1 - t], -1)
-        p = F.normalize(p, dim=-1) if circle else p
-    else:  # UNSPECIFIED 1
-        p = data.das_dennis(n_obj, count or (105 if n_obj == 3 else 210))
-    return p
+        # The paper's networks are tested on preferences of length 1, but trained on sum 1.
+        return F.normalize(p, dim=-1) if circle else p
+    return data.das_dennis(n_obj, count or (105 if n_obj == 3 else 210))  # UNSPECIFIED 1
 
 
 def train_step(world, net, optimizer, p, state):
-    """One step of all seeds on preferences p (S, B, m) -> losses (S, K) before the step."""
-    args, recipe = world.args, world.recipe
-    solutions = net(p)
+    """One step of all seeds on preferences p (S, B, m) -> losses (S, K) before the step.
+
+    state: what training remembers beside the network: "ideal", "nadir" (S, K, 1, m) of the tuned
+    recipe; GradNorm's "weights" (S, K), their optimiser "weigher", and the "first" losses.
+    """
+    args, recipe, weights = world.args, world.recipe, state["weights"]
+    # A preference goes through the network, which answers with a solution of every problem, and
+    # each problem says what its solution is worth.
+    h = net.read(p)  # (S, K, B, width)
+    solutions = net.solve(h)
     f = world.values(solutions)  # (S, K, B, m)
     if recipe["normalise"]:
+        # Tuned: objectives of 1e4 and of 1e-2 in one Tchebycheff value mean that only the first is
+        # looked at. As shares of the range between ideal and nadir all count alike.
         state["ideal"], state["nadir"] = update_range(state["ideal"], state["nadir"], f)
         f = (f - state["ideal"]) / (state["nadir"] - state["ideal"]).clamp_min(1e-12)
     sign = 1 if args.recipe == "official" else -1  # DEVIATION 1
     g = scalarize(f, p[:, None], recipe["loss"], 0.0, .01, args.gamma, args.mu, sign)  # (S, K, B)
-    losses = g.mean(-1) if recipe["mean"] else g.sum(-1)
-    # Eq. (E3): Σ_k w_k Σ_b g(f_k(x_k(p_b)), p_b), with w = 1 unless GradNorm moves it
+    losses = g.mean(-1) if recipe["mean"] else g.sum(-1)  # (S, K)
+    # Eq. (E3): Σ_k w_k Σ_b g(f_k(x_k(p_b)), p_b), with w = 1 unless GradNorm moves it. The sum over
+    # the S seeds changes nothing: no seed's loss depends on another seed's parameters.
     loss = losses.sum()
-    if state["weights"] is not None:
-        norms = net.shared_gradient_norms(p, losses)
-        loss = (state["weights"].detach() * losses).sum()
-    if recipe["saturation"]:  # DEVIATION 3: the mean squared logit of the sigmoids, weighed lightly
+    if weights is not None:
+        norms = net.shared_gradient_norms(p, h, losses)
+        loss = (weights.detach() * losses).sum()
+    if recipe["saturation"]:
+        # DEVIATION 3: Adam's first large steps can drive a solution to the flat end of the sigmoid,
+        # where it learns no more. The mean squared logit, weighed lightly, brings it back.
         logits = [torch.logit(x, 1e-6).square().mean((1, 2)).sum() for x in solutions]
         loss = loss + recipe["saturation"] * sum(logits)
     optimizer.zero_grad(set_to_none=True)
@@ -322,10 +382,9 @@ def train_step(world, net, optimizer, p, state):
         clip_gradients(net.parameters(), recipe["clip"])
     optimizer.step()
     losses = losses.detach()
-    if state["weights"] is not None:
+    if weights is not None:  # after the network's step, with the losses from before it
         state["first"] = losses if state["first"] is None else state["first"]
-        gradnorm_weights(state["weights"], losses, state["first"], norms, state["weigher"],
-                         args.alpha)
+        gradnorm_weights(weights, losses, state["first"], norms, state["weigher"], args.alpha)
     return losses
 
 
@@ -353,23 +412,25 @@ def evaluate(world, net):
 def train(world, run, method, saved, save):
     """Train all seeds of one method -> (network, {"history", "parameters", "spent"}).
 
-    history: {step: what evaluate found}; spent: CPU seconds, of earlier processes too.
-    saved: what `save` got, or None. Evaluates every --eval-every steps and after the last.
+    history: {step: what evaluate found}; spent: CPU seconds, of earlier processes too. saved: what
+    `save` got, or None. Evaluates every --eval-every steps and after the last.
     """
     args, recipe = world.args, world.recipe
     net, optimizer = world.network(method)
     state = {"ideal": None, "nadir": None, "weights": None, "first": None}
+    trained = [(dict(net.named_parameters()), optimizer)]
     if method == "copsl-gradnorm":
+        # One weight a problem, 1 at first, with Adam settings like the network's.
         state["weights"] = torch.ones(len(world.seeds), len(world.problems), dtype=world.dtype,
                                       device=world.device, requires_grad=True)
-        # as the networks' own, so do the authors
         state["weigher"] = torch.optim.Adam([state["weights"]], recipe["lr"], recipe["betas"])
+        trained.append(({"weights": state["weights"]}, state["weigher"]))
     history, start, spent = {}, 0, 0.0
     if saved is None:
         history[0] = run.gather(evaluate(world, net))
     else:
         start, history, spent = saved["step"], saved["history"], saved["spent"]
-        unpack(saved["seeds"], world, net, optimizer, state)
+        state |= common.unpack_seeds(saved["seeds"], world.seeds, trained, world.device)
     preferences, began = world.preferences(), time.process_time()
     for step in run.progress(range(start, args.steps), METHODS[method], initial=start,
                              total=args.steps):
@@ -384,43 +445,92 @@ def train(world, run, method, saved, save):
             now = [v for found in history[done].values() for v in found["hv"]]
             run.log(method=method, step=done, loss=losses.mean().item(), hv=sum(now) / len(now))
         if done % args.save_every == 0 or done == args.steps:
+            # Seed by seed, so that a run may be continued by another number of processes.
+            more = {name: state[name] for name in ("ideal", "nadir", "first")}
             save({"method": method, "step": done, "history": history,
                   "spent": spent + time.process_time() - began,
-                  "seeds": run.gather(pack(world, net, optimizer, state))})
+                  "seeds": run.gather(common.pack_seeds(world.seeds, trained, more))})
     return net, {"history": history, "parameters": net.num_parameters(),
                  "spent": spent + time.process_time() - began}
 
 
-def pack(world, net, optimizer, state):
-    """Everything that training changes, per seed: dict seed -> dict name -> tensor."""
-    found = {}
-    for i, p in enumerate(net.parameters()):
-        moments = optimizer.state.get(p, {})
-        found |= {f"p{i}": p, **{f"{k}{i}": v for k, v in moments.items() if k != "step"}}
-    found |= {k: state[k] for k in ("ideal", "nadir", "weights", "first") if state[k] is not None}
-    if state["weights"] is not None:
-        moments = state["weigher"].state[state["weights"]]
-        found |= {f"w-{k}": v for k, v in moments.items() if k != "step"}
-    step = next(iter(optimizer.state.values()))["step"]
-    return {seed: {"step": step.clone(), **{k: t[s].detach().clone() for k, t in found.items()}}
-            for s, seed in enumerate(world.seeds)}
+# ================================================================================================
+# Command line
+# ================================================================================================
 
 
-def unpack(seeds, world, net, optimizer, state):
-    """The reverse of pack, for this process's seeds."""
-    mine = [seeds[s] for s in world.seeds]
-    found = {k: torch.stack([t[k] for t in mine]).to(world.device) for k in mine[0]}
-    step = found["step"][0]
-    for i, p in enumerate(net.parameters()):
-        p.data.copy_(found[f"p{i}"])
-        optimizer.state[p] = {"step": step.clone(), **{k: found[f"{k}{i}"]
-                                                       for k in ("exp_avg", "exp_avg_sq")}}
-    for key in ("ideal", "nadir", "first"):
-        state[key] = found.get(key)
-    if state["weights"] is not None:
-        state["weights"].data.copy_(found["weights"])
-        state["weigher"].state[state["weights"]] = {
-            "step": step.cpu().clone(), **{k: found[f"w-{k}"] for k in ("exp_avg", "exp_avg_sq")}}
+def build_parser():
+    """All flags; defaults are the paper's."""
+    parser = common.Parser(__doc__)
+    common.add_run_arguments(parser)
+    add = parser.group("problems")
+    add("--problems", str, ["f"], "names such as f1 zdt3 dtlz2-3 re33, FILE.py:NAME, or a group: f "
+        "(F1-F6, default), re (the paper's RE31-34, RE37); all with as many objectives", nargs="+")
+    add("--eval-points", int, None, "test preferences (default 100; 105 for 3 objectives)", low=2)
+    add = parser.group("method")
+    add("--method", str, "psl,copsl", f"{', '.join(METHODS)}, several with commas, or all")
+    add("--recipe", ["paper", "official", "tuned"], "paper",
+        "official: the authors' code (DEVIATION 1); tuned: ours, same network (DEVIATION 3)")
+    add("--loss", LOSSES, None, "scalarisation (default mtch, the paper's; tuned: smtch)")
+    add("--gamma", float, 100.0, "γ of COSMOS (paper %(default)s)", low=0)
+    add("--mu", float, .1, "μ of stch and smtch, in units of the objectives (ours)", above=0)
+    add("--alpha", float, 1.75, "α of GradNorm: how strongly rates are made equal (code)", low=0)
+    add = parser.group("training")
+    add("--seeds", int, 10, "independent networks, trained at once: --seed, --seed + 1, ...", low=1)
+    add("--steps", int, 500, "steps (paper %(default)s)", low=1)
+    add("--batch", int, 30, "preferences a step (paper %(default)s)", low=1)
+    add("--lr", float, None, "learning rate of Adam (paper 1e-3; tuned 5e-3)", above=0)
+    add("--width", int, 256, "units of each hidden layer (paper %(default)s)", low=1)
+    add("--eval-every", int, 10, "steps between evaluations (authors' code 1)", low=1)
+    add("--save-every", int, 100, "steps between checkpoints", low=1)
+    return parser
+
+
+def resolve(args):
+    """Expand names; refuse what does not go together."""
+    args.method = ",".join(common.choose(args.method, METHODS))
+    words = [w for word in args.problems
+             for w in ([word] if ".py:" in word else word.lower().split(","))]
+    args.problems = list(dict.fromkeys(n for w in words for n in GROUPS.get(w, [w])))
+    args.threads = args.threads or 1
+    return args
+
+
+def load_problems(args):
+    """The problems of --problems; UserError unless all have the same number of objectives."""
+    problems = data.get_problems(args.problems, args.data_dir, args.seed)
+    counts = {p.name: p.n_obj for p in problems}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{n} has {m}" for n, m in counts.items())
+        raise common.UserError("CoPSL's shared layer reads one preference for all problems, so "
+                               f"they must have the same number of objectives; {told}. "
+                               "coaction.py takes any mix")
+    return problems
+
+
+def main(argv=None):
+    """The command: every method of --method in turn, each resumable, then the report."""
+    args = resolve(build_parser().parse_args(argv))
+    problems = load_problems(args)
+    with common.Run(args, "copsl") as run:
+        seeds = run.share_seeds(args.seed, args.seeds)
+        state = run.load() or {"done": {}, "trained": {}, "current": None}
+        run.begin()
+        world = World(problems, seeds, args, run.device)
+        for method in args.method.split(","):
+            if method in state["done"]:
+                continue
+
+            def save(current):
+                run.save({**state, "current": current},
+                         f"{current['method']}, step {current['step']}")
+            net, state["done"][method] = train(world, run, method, state["current"], save)
+            state["current"] = None
+            state["trained"][method] = run.gather(
+                {s: {n: p[i] for n, p in net.named_parameters()} for i, s in enumerate(seeds)})
+            run.save(state, method)
+        if run.rank == 0:
+            report(world, run, state)
 
 
 def summarise(history, names):
@@ -436,214 +546,47 @@ def summarise(history, names):
             "initial_hv": table(first, "hv"), "curve": curve}
 
 
-# ================================================================================================
-# Command line
-# ================================================================================================
-
-
-def build_parser():
-    """All flags; defaults are the paper's."""
-    parser = common.Parser(__doc__)
-    common.add_run_arguments(parser)
-    number = common.number
-    group = parser.add_argument_group("problems")
-    group.add_argument("--problems", nargs="+", default=["f"], metavar="NAME",
-                       help="names such as f1 zdt3 dtlz2-3 re33, FILE.py:NAME, or a group: f "
-                            "(F1-F6, default), re (the paper's RE31-34, RE37); all with the same "
-                            "number of objectives")
-    group.add_argument("--eval-points", type=number(int, low=2), default=None,
-                       help="preferences to test on (default: 100 for 2 objectives, 105 for 3)")
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", default="psl,copsl",
-                       help=f"{', '.join(METHODS)}, several with commas, or all (default "
-                            "%(default)s)")
-    group.add_argument("--recipe", choices=["paper", "official", "tuned"], default="paper",
-                       help="paper; official: the authors' code (DEVIATION 1); tuned: ours, same "
-                            "network and budget (DEVIATION 3)")
-    group.add_argument("--loss", choices=LOSSES, default=None,
-                       help="scalarisation (default: mtch, the paper's; smtch with --recipe tuned)")
-    group.add_argument("--gamma", type=number(float, low=0), default=100.0,
-                       help="γ of COSMOS (paper %(default)s)")
-    group.add_argument("--mu", type=number(float, above=0), default=.1,
-                       help="μ of stch and smtch: smoothness of the maximum, in units of the "
-                            "objectives (default %(default)s, ours)")
-    group.add_argument("--alpha", type=number(float, low=0), default=1.75,
-                       help="α of GradNorm: how strongly rates are made equal (code %(default)s)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--seeds", type=number(int, low=1), default=10,
-                       help="independent networks, trained at once: --seed, --seed + 1, ... "
-                            "(default %(default)s)")
-    group.add_argument("--steps", type=number(int, low=1), default=500,
-                       help="steps (paper %(default)s)")
-    group.add_argument("--batch", type=number(int, low=1), default=30,
-                       help="preferences a step (paper %(default)s)")
-    group.add_argument("--lr", type=number(float, above=0), default=None,
-                       help="learning rate of Adam (paper 1e-3; tuned 5e-3)")
-    group.add_argument("--width", type=number(int, low=1), default=256,
-                       help="units of each hidden layer (paper %(default)s)")
-    group.add_argument("--eval-every", type=number(int, low=1), default=10,
-                       help="steps between evaluations (default %(default)s; authors' code 1)")
-    group.add_argument("--save-every", type=number(int, low=1), default=100,
-                       help="steps between checkpoints (default %(default)s)")
-    return parser
-
-
-def resolve(args):
-    """Expand names; refuse what does not go together."""
-    names = list(METHODS) if args.method == "all" else args.method.split(",")
-    for name in names:
-        if name not in METHODS:
-            raise common.UserError(
-                f"--method {name!r} is unknown; there are {', '.join(METHODS)} and all")
-    args.method = ",".join(dict.fromkeys(names))
-    words = [w for word in args.problems
-             for w in ([word] if ".py:" in word else word.lower().split(","))]
-    args.problems = list(dict.fromkeys(n for w in words for n in GROUPS.get(w, [w])))
-    args.threads = args.threads or 1
-    return args
-
-
-def load_problems(args):
-    """The problems of --problems; UserError unless all have the same number of objectives."""
-    problems = [data.get_problem(name, args.data_dir, args.seed) for name in args.problems]
-    counts = {p.name: p.n_obj for p in problems}
-    if len(counts) < len(problems):
-        raise common.UserError("--problems: results are kept by name, so names must differ; got "
-                               + ", ".join(p.name for p in problems))
-    if len(set(counts.values())) > 1:
-        told = ", ".join(f"{n} has {m}" for n, m in counts.items())
-        raise common.UserError("CoPSL's shared layer reads one preference for all problems, so "
-                               f"they must have the same number of objectives; {told}. "
-                               "coaction.py takes any mix")
-    return problems
-
-
-def write_solutions(world, net, method, folder):
-    """For the first seed: solutions-<method>-<problem>.csv with a row p, x, f per preference."""
+def learned_fronts(world, method, trained, folder):
+    """The first seed's objectives (K, N, m); solutions-<method>-<problem>.csv has p, x, f a row."""
+    net, _ = world.network(method)
+    for name, p in net.named_parameters():
+        p.data.copy_(torch.stack([trained[s][name] for s in world.seeds]))
     with torch.no_grad():
         xs = net(world.test.expand(len(world.seeds), -1, -1))
         f = world.values(xs)[0]  # (K, N, m)
     for k, problem in enumerate(world.problems):
         x = world.boxes[k][0] + world.boxes[k][1] * xs[k][0]
-        header = [f"p{j + 1}" for j in range(world.n_obj)]
-        header += [f"x{i + 1}" for i in range(problem.n_var)]
-        header += [f"f{j + 1}" for j in range(world.n_obj)]
-        rows = torch.cat([world.test, x, f[k]], -1).tolist()
-
-        def write(path, header=header, rows=rows):
-            with open(path, "w", newline="") as handle:
-                csv.writer(handle).writerows([header, *rows])
+        rows = torch.cat([world.test, x, f[k]], -1).double().cpu().numpy()
+        header = [f"{name}{i + 1}" for name, n in
+                  (("p", world.n_obj), ("x", problem.n_var), ("f", world.n_obj)) for i in range(n)]
         name = "".join(c if c.isalnum() else "-" for c in problem.name)
-        common.atomic_write(folder / f"solutions-{method}-{name}.csv", write)
+        common.atomic_write(
+            folder / f"solutions-{method}-{name}.csv",
+            lambda path, rows=rows, header=header: np.savetxt(
+                path, rows, "%.9g", ",", header=",".join(header), comments=""))
     return f.cpu()
 
 
-def draw_figure(world, fronts, results, references, path):
-    """One panel per problem: the reference front, each method's front (first seed), mean HV."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    okabe_ito = ["#D55E00", "#009E73", "#0072B2"]  # colour-blind safe
-    styles = dict(zip(METHODS, zip(okabe_ito, "ox^", strict=True), strict=True))
-    problems, deep = world.problems, world.n_obj >= 3
-    columns = min(len(problems), 3)
-    rows = -(-len(problems) // columns)
-    figure = plt.figure(figsize=(4.4 * columns, 3.6 * rows + .5), layout="constrained")
-    for k, problem in enumerate(problems):
-        axes = figure.add_subplot(rows, columns, k + 1, projection="3d" if deep else None)
-        shown = references[k] / problem.nadir
-        inside = (shown <= 1.3).all(-1)  # a front may reach far beyond the nadir that is used
-        axes.scatter(*shown[inside][:, :3].T, s=3, color="#AAAAAA", alpha=.5, label="reference")
-        for method, front in fronts.items():
-            f = front[k] / problem.nadir
-            f = f[(f <= 1.3).all(-1)]
-            colour, marker = styles[method]
-            axes.scatter(*f[:, :3].T, s=12, color=colour, marker=marker, linewidths=.8, alpha=.8,
-                         label=METHODS[method])
-        means = {m: sum(results[m]["hv"][problem.name]) / world.args.seeds for m in fronts}
-        hv = "\n".join(f"{METHODS[m].split(',')[0]} {v:.4f}" for m, v in means.items())
-        if deep:
-            axes.set_zlabel("$f_3$")
-            axes.view_init(25, 40)
-            axes.set_title(f"{problem.name}   HV " + hv.replace("\n", ", "), fontsize=9)
-        else:
-            axes.set_title(problem.name, fontsize=10)
-            axes.text(.97, .96, "HV\n" + hv, transform=axes.transAxes, ha="right", va="top",
-                      fontsize=8)
-        axes.set(xlabel="$f_1$ / nadir", ylabel="$f_2$ / nadir")
-        axes.locator_params(nbins=4 if deep else 6)
-        axes.tick_params(labelsize=8)
-        if k == 0:
-            handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"CoPSL: learned fronts of seed {world.args.seed}, HV of "
-                    f"{world.args.seeds} seeds, {world.args.recipe} recipe")
-    common.atomic_write(path, lambda p: figure.savefig(p, dpi=130))
-    plt.close(figure)
-
-
-def main(argv=None):
-    """The command: every method of --method in turn, each resumable, then the report."""
-    args = resolve(build_parser().parse_args(argv))
-    problems = load_problems(args)
-    with common.Run(args, "copsl") as run:
-        if run.world > args.seeds:
-            raise common.UserError(f"{run.world} processes, but only --seeds {args.seeds} to share")
-        seeds = run.share(range(args.seed, args.seed + args.seeds))
-        state = run.load() or {"done": {}, "trained": {}, "current": None}
-        run.begin()
-        world = World(problems, seeds, args, run.device)
-        for method in args.method.split(","):
-            if method in state["done"]:
-                continue
-
-            def save(current):
-                run.save({**state, "current": current},
-                         f"{current['method']}, step {current['step']}")
-            net, state["done"][method] = train(world, run, method, state["current"], save)
-            state["current"] = None
-            state["trained"][method] = run.gather(
-                {s: [p[i] for p in net.parameters()] for i, s in enumerate(seeds)})
-            run.save(state, method)
-        report(world, run, state)
-
-
 def report(world, run, state):
-    """Tables, figure, solutions, result.json and the RESULT line (by rank 0)."""
-    names = [p.name for p in world.problems]
+    """Tables, figure, solutions, result.json and the RESULT line."""
+    args, problems, names = world.args, world.problems, [p.name for p in world.problems]
     results = {m: summarise(found["history"], names) for m, found in state["done"].items()}
-    if run.rank:
-        return
-    references = [data.reference_front(p) for p in world.problems]
-    corner = [1.1] * world.n_obj
-    ceiling = [common.hypervolume((f - p.ideal) / (p.nadir - p.ideal), corner)
-               for f, p in zip(references, world.problems, strict=True)]
-
-    def spread(numbers):
-        t = torch.tensor(numbers, dtype=torch.float64)
-        return f"{t.mean():.4f}" + (f" ±{t.std():.4f}" if len(t) > 1 else "")
-
+    references = [data.reference_front(p) for p in problems]
+    ceiling = [common.hypervolume((f - p.ideal) / (p.nadir - p.ideal), [1.1] * world.n_obj)
+               for f, p in zip(references, problems, strict=True)]
     for key, title in (("hv", "HV of (f - ideal) / (nadir - ideal)"),
                        ("hv_official", "HV of f / nadir, as the authors' code")):
-        run.table([title, *names], [
-            *([METHODS[m], *(spread(results[m][key][n]) for n in names)] for m in results),
-            *([["reference front", *(f"{v:.4f}" for v in ceiling)]] if key == "hv" else [])])
+        front = [["reference front", *(f"{v:.4f}" for v in ceiling)]] if key == "hv" else []
+        run.table([title, *names], [[METHODS[m], *(common.spread(r[key][n]) for n in names)]
+                                    for m, r in results.items()] + front)
         print()
-    run.table(["", "parameters", "CPU-s, all seeds"],
-              [[METHODS[m], found["parameters"], found["spent"]] for m, found in
-               state["done"].items()])
-    print(f"mean ± std over {world.args.seeds} seeds; CPU-s of this process, evaluation included\n")
-    fronts = {}
-    for method in results:
-        net, _ = world.network(method)
-        mine = [state["trained"][method][s] for s in world.seeds]
-        for i, p in enumerate(net.parameters()):
-            p.data.copy_(torch.stack([tensors[i] for tensors in mine]))
-        fronts[method] = write_solutions(world, net, method, run.out_dir)
+    run.table(["", "parameters", "CPU-s, all seeds"], [
+        [METHODS[m], found["parameters"], found["spent"]] for m, found in state["done"].items()])
+    print(f"mean ± std over {args.seeds} seeds; CPU-s of this process, evaluation included\n")
+    fronts = {m: learned_fronts(world, m, state["trained"][m], run.out_dir) for m in results}
     draw_figure(world, fronts, results, references, run.out_dir / "figure.png")
     shown = "copsl" if "copsl" in results else list(results)[-1]
     means = {n: sum(v) / len(v) for n, v in results[shown]["hv"].items()}
-    args = world.args
     run.finish({"problems": names, "recipe": args.recipe, "loss": world.recipe["loss"],
                 "seeds": args.seeds, "seed": args.seed, "reference_hv": ceiling,
                 "results": results},
@@ -651,6 +594,25 @@ def report(world, run, state):
                seeds=args.seeds, hv=sum(means.values()) / len(means),
                **{f"hv_{n}".replace(":", "-").replace("=", "-"): v for n, v in means.items()},
                out=run.out_dir)
+
+
+def draw_figure(world, fronts, results, references, path):
+    """One panel per problem: the reference front, each method's front (first seed), mean HV."""
+    colours = [common.ORANGE, common.GREEN, common.BLUE]
+    styles = dict(zip(METHODS, zip(METHODS.values(), colours, "ox^", strict=True), strict=True))
+    names, count, seeds = [p.name for p in world.problems], len(world.problems), world.args.seeds
+
+    def hv(name):
+        return ", ".join(f"{METHODS[m].split(',')[0]} {sum(results[m]['hv'][name]) / seeds:.4f}"
+                         for m in fronts)
+    scaled = {m: [f / p.nadir for f, p in zip(front, world.problems, strict=True)]
+              for m, front in fronts.items()}
+    references = [f / p.nadir for f, p in zip(references, world.problems, strict=True)]
+    with common.figure(path, f"CoPSL: learned fronts of seed {world.args.seed} as f / nadir, HV of "
+                       f"{seeds} seeds, {world.args.recipe} recipe",
+                       (4.4 * min(count, 3), 3.6 * -(-count // 3) + .5)) as (drawing, _):
+        common.front_panels(drawing, names, scaled, styles, references, 1.3, 3,
+                            [f"{n}   HV {hv(n)}" for n in names])
 
 
 if __name__ == "__main__":

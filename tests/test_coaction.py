@@ -181,7 +181,7 @@ def jitter(net):
 
 def test_block_equals_the_encoder_layer_of_torch():
     width, heads, K = 12, 3, 4
-    block = jitter(coaction.Block(width, heads, [seeded(s) for s in range(2)]).double())
+    block = jitter(coaction.TaskBlock(width, heads, [seeded(s) for s in range(2)]).double())
     h = torch.randn(2, 5 * K, width, generator=seeded(1), dtype=torch.float64)
     maps = []
     found = block(h, K, maps)
@@ -196,7 +196,7 @@ def test_block_equals_the_encoder_layer_of_torch():
 
 
 def test_block_without_attention_is_attention_to_oneself():
-    block = jitter(coaction.Block(12, 3, [seeded()], attend=False).double())
+    block = jitter(coaction.TaskBlock(12, 3, [seeded()], attend=False).double())
     h = torch.randn(1, 20, 12, generator=seeded(1), dtype=torch.float64)
     plain = plain_encoder(block, 0, 12, 3)
     expected = plain(h[0].view(20, 1, 12))  # sequences of one token
@@ -650,7 +650,7 @@ def test_mixed_objectives_with_figure_and_four_of_them(tmp_path, capsys):
 def test_suites_name_problems_that_exist(suite):
     args = coaction.resolve(coaction.build_parser().parse_args(["--suite", suite]))
     assert len(args.problems) >= 5
-    problems, _ = coaction.load_tasks(args)
+    problems = data.get_problems(args.problems, args.data_dir)
     counts = {p.n_obj for p in problems}
     expected = {"f": {2}, "zdt": {2}, "re2": {2}, "re3": {3}, "re-mixed": {2, 3, 4},
                 "mtmo": {2, 3}}[suite]

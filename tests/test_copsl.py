@@ -1,4 +1,5 @@
 """copsl.py: equations and networks against plain arrangements, and the command."""
+import copy
 import csv
 import json
 import math
@@ -261,8 +262,9 @@ def test_shared_gradient_norms_equal_separate_backward_passes(n_vars):
     net = copsl.CoPSL(3, n_vars, 11, generators).double()
     p = draw(2, 7, 3, seed=1, low=.1)
     scale = draw(2, len(n_vars), seed=2, low=.3)
-    losses = torch.stack([(x - .3).square().sum((1, 2)) for x in net(p)], 1) * scale
-    found = net.shared_gradient_norms(p, losses)
+    h = net.read(p)
+    losses = torch.stack([(x - .3).square().sum((1, 2)) for x in net.solve(h)], 1) * scale
+    found = net.shared_gradient_norms(p, h, losses)
     for s in range(2):
         for k in range(len(n_vars)):
             grad, = torch.autograd.grad(losses[s, k], net.weights[0], retain_graph=True)
@@ -270,6 +272,12 @@ def test_shared_gradient_norms_equal_separate_backward_passes(n_vars):
             assert expected > 1e-3
             assert found[s, k].item() == pytest.approx(expected, rel=1e-10)
     losses.sum().backward()  # the graph is kept for the caller
+    copy.deepcopy(net)  # nothing of a forward pass stays in the module
+
+
+def test_an_unknown_scalarisation_is_refused():
+    with pytest.raises(ValueError, match="expected ls, tch"):
+        copsl.scalarize(torch.ones(2), torch.ones(2), "mtche")
 
 
 # ------------------------------------------------------------------------------------------------
