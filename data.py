@@ -3,13 +3,14 @@
 Image sets   `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, DTD, Aircraft, Pets,
              Fashion-MNIST through torchvision; Stanford Dogs, ImageNet-LT and Places-LT from their
              own files; `folder:PATH` from any ImageFolder tree; `shapes` rendered here.
-Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`
+Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`, `long_tailed`
 Clients      `pachinko_partition` (two label levels), `dirichlet_partition`
 Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH, `topics`; `tiny_bert`, `text_encoder`
 Reading      `ImagePool`: images through a transform, in memory when they are small
 Transfer     `load_splits` (VTAB-1k, FGVC, folders), `vit_backbone`, `tiny_vit`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
              `encode_once` (image features, cached)
+Federation   `load_federation` -> FederatedImages: long tail, clients, CLIP and features of a run
 Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE, the multitask suite MTMO;
              `reference_front`, `das_dennis`
 """
@@ -89,6 +90,38 @@ def frequency_groups(counts, rule):
                           np.flatnonzero((counts <= high) & (counts > low)),
                           np.flatnonzero(counts <= low))
     return {"many": np.sort(many), "med": np.sort(med), "few": np.sort(few)}
+
+
+def group_rule(text):
+    """The rule of frequency_groups that a flag names: "100,20" -> (100, 20); "thirds".
+
+    UserError: anything else.
+    """
+    numbers = [int(n) for n in text.split(",") if n.strip().isdigit()]
+    if text != "thirds" and (len(text.split(",")) != 2 or len(numbers) != 2
+                             or numbers[0] <= numbers[1]):
+        raise UserError(f"--groups {text!r}: expected HIGH,LOW with HIGH > LOW, or thirds")
+    return text if text == "thirds" else tuple(numbers)
+
+
+def long_tailed(images, imbalance, n_max, class_order, seed):
+    """An ImageSet with its training part cut to a long tail (as it is, if it has one already).
+
+    imbalance: most over least frequent class; n_max: images of the most frequent class, None for
+    all it has; class_order: "dataset" (class 0 is the most frequent, or the set's own tail_order)
+    or "random", drawn from the seed.
+    """
+    if images.long_tailed:
+        return images
+    size = np.bincount(images.train_labels, minlength=images.num_classes)
+    n_max = n_max or int(size.mean() if images.tail_order else size.max())
+    tail = np.array(long_tail_counts(n_max, images.num_classes, imbalance))
+    rank = np.argsort(images.tail_order or range(images.num_classes))  # 0: the most frequent class
+    if class_order == "random":
+        rank = numpy_generator(seed, "class-order").permutation(images.num_classes)
+    chosen = long_tail_indices(images.train_labels, tail[rank], numpy_generator(seed, "long-tail"))
+    return replace(images, train=images.train.subset(chosen),
+                   train_labels=images.train_labels[chosen])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,6 +366,56 @@ def text_clients(texts, num_clients, alpha, seed=0):
     return clients, domain
 
 
+def poison_labels(labels, classes, clients, domain, poison, seed=0):
+    """Make some clients unreliable -> the labels that all train on (N,), and client -> kind.
+
+    labels: the true ones, of the pool; clients, domain: of text_clients; poison: as parse_poison
+    reads it. label-flip: class c is called classes - 1 - c; random: labels are drawn evenly. The
+    victims are drawn, in turn over the domains, so that no domain loses its honest majority first.
+    """
+    told, poisoned = labels.clone(), {}
+    rng = numpy_generator(seed, "poison")
+    order, turn = rng.permutation(len(clients)), {}
+    for k in order:
+        turn[int(k)] = sum(domain[j] == domain[k] for j in turn)
+    queue = sorted(turn, key=turn.get)
+    for kind, count in parse_poison(poison, len(clients)):
+        for _ in range(count):
+            k = queue.pop(0)
+            mine, poisoned[k] = clients[k][0], kind
+            drawn = torch.as_tensor(rng.integers(0, classes, len(mine)))
+            told[mine] = drawn if kind == "random" else classes - 1 - labels[mine]
+    return told, poisoned
+
+
+def parse_poison(text, clients):
+    """"label-flip:2,random:1" -> [(kind, count), ...]. UserError: another form, or all clients."""
+    found = []
+    for part in filter(None, text.split(",")):
+        kind, _, count = part.partition(":")
+        if kind not in ("label-flip", "random") or not count.isdigit():
+            raise UserError(
+                f"--poison {text!r}: expected label-flip:N, random:N or both with a comma")
+        found.append((kind, int(count)))
+    if sum(n for _, n in found) >= clients:
+        raise UserError(f"--poison {text} leaves no honest one of {clients} clients")
+    return found
+
+
+def draw_network(clients, edges, seed=0):
+    """A simulated network -> dict: latency (N, E) in ms; flops, bandwidth, memory (N,); float64.
+
+    Clients and edges lie in a unit square; latency is 5 ms and 60 ms per unit of distance. Devices
+    do 50 GFLOP/s and have 20 Mbit/s (in bytes) and half a model's memory (a share of it) in the
+    median, spread log-normally by a factor of two.
+    """
+    rng = numpy_generator(seed, "network")
+    people, places = rng.random((clients, 1, 2)), rng.random((1, edges, 2))
+    draw = {name: torch.tensor(median * 2 ** rng.normal(size=clients)) for name, median in
+            (("flops", 50e9), ("bandwidth", 20e6 / 8), ("memory", .5))}
+    return {"latency": torch.tensor(5 + 60 * np.linalg.norm(people - places, axis=-1)), **draw}
+
+
 def _fetch_texts(name, root, files, url):
     """Download what is missing; each file appears under its name only when it is whole."""
     if url.endswith(".tgz"):
@@ -555,6 +638,14 @@ def _pretrain_bert(model, ids, mask, config, seed, progress):
         schedule.step()
 
 
+def load_encoder(model, max_length, dropout, data_dir, seed=0,
+                 progress=lambda items, *_, **__: items):
+    """The encoder named by --model and its tokenizer, as text_encoder; "tiny" is made here."""
+    if model == "tiny":
+        return tiny_bert(seed, Path(data_dir) / "cache", progress=progress)
+    return text_encoder(model, max_length, dropout, Path(data_dir) / "weights")
+
+
 def text_encoder(model, max_length, dropout, cache_dir):
     """A BERT-type encoder and its tokenizer by directory or hub id -> model, encode.
 
@@ -702,6 +793,20 @@ CIFAR100_COARSE = [
     "hamster mouse rabbit shrew squirrel", "maple_tree oak_tree palm_tree pine_tree willow_tree",
     "bicycle bus motorcycle pickup_truck train", "lawn_mower rocket streetcar tank tractor",
 ]
+
+
+def image_set_name(dataset):
+    """What load_images calls a --dataset: "cifar100-lt" -> "cifar100"; "folder:PATH" as it is.
+
+    UserError: a name that no set has.
+    """
+    if dataset.startswith("folder:"):
+        return dataset
+    name = dataset.removesuffix("-lt")
+    if name == dataset or name not in IMAGE_SETS:
+        known = ", ".join(f"{n}-lt" for n in IMAGE_SETS)
+        raise UserError(f"--dataset {dataset!r} is unknown; there are {known} and folder:PATH")
+    return name
 
 
 def readable(name):
@@ -1256,6 +1361,73 @@ def transfer_transforms(family, size, mean, std):
                                 transforms.RandomHorizontalFlip(), *last]))
 
 
+def frozen_vit(model, eps, seed, device, data_dir, progress=lambda items, *_, **__: items):
+    """`tiny_vit` (model "tiny") or `vit_backbone`, from and into the folders under data_dir."""
+    if model == "tiny":
+        return tiny_vit(seed, device, Path(data_dir) / "cache", progress, eps)
+    return vit_backbone(model, eps, seed, device, Path(data_dir) / "weights")
+
+
+class TransferPart:
+    """Images of one split and their labels (N,), read as a ViT wants them.
+
+    batches(index_lists) yields tokens (B, 1 + T, D) where they are in memory, else pixels.
+    """
+
+    def __init__(self, images, labels, transform, random_transform=None, workers=0, device="cpu"):
+        self.pool = ImagePool(images, transform, random_transform, workers, device)
+        self.labels, self.tokens = torch.as_tensor(labels, device=device), None
+
+    @torch.no_grad()
+    def embed_once(self, vit):
+        """Keep the tokens if they fit where ImagePool would keep pixels."""
+        shape = vit.embeddings.position_embeddings.shape  # (1, 1 + T, D)
+        if len(self.labels) * shape[1] * shape[2] <= self.pool.IN_MEMORY:
+            chunks = torch.arange(len(self.labels)).split(256)
+            self.tokens = torch.cat([vit.embeddings(x) for x in self.pool.batches(chunks)])
+
+    def batches(self, index_lists, seeds=None, pixels=False):
+        """seeds: one list of ints per index list turns augmentation on; pixels: never tokens."""
+        if self.tokens is None or pixels or seeds is not None:
+            yield from self.pool.batches(index_lists, seeds)
+        else:
+            yield from (self.tokens[indices] for indices in index_lists)
+
+
+@dataclass
+class TransferTask:
+    """What all methods on a transfer set share: a frozen ViT, its training and its test part."""
+    vit: torch.nn.Module
+    num_classes: int
+    train: TransferPart
+    test: TransferPart
+    augment: bool  # whether training images are read through a random transform
+    truth: list = None  # the planted number of prompts per block
+
+
+def transfer_task(splits, vit, norm="half", validate=False, workers=0, device="cpu", truth=None):
+    """Splits as a ViT reads them -> TransferTask. norm: pixel statistics, "half" or "imagenet".
+
+    validate: train on the training and test on the validation part. Else training takes both, but
+    for FGVC, whose final run leaves the validation part out, as VPT's does.
+    """
+    size = vit.config.image_size
+    size = size if isinstance(size, int) else size[0]
+    mean, std = ((.5,) * 3, (.25 if splits.family == "planted" else .5,) * 3)
+    if norm == "imagenet":
+        mean, std = (.485, .456, .406), (.229, .224, .225)
+    read = transfer_transforms(splits.family, size, mean, std)
+    both = not validate and splits.family != "fgvc"
+    seen = splits.train_and_val() if both else splits.train
+    train = TransferPart(*seen, *read, workers, device)
+    test = TransferPart(*(splits.val if validate else splits.test), *read, workers, device)
+    if read[1] is None:  # the same pixels in every epoch
+        train.embed_once(vit)
+    if splits.family == "planted":
+        test.embed_once(vit)
+    return TransferTask(vit, splits.num_classes, train, test, read[1] is not None, truth)
+
+
 def vit_backbone(model, eps, seed, device, cache_dir):
     """A frozen transformers.ViTModel from a hub id or a directory, with LayerNorm ε = `eps`.
 
@@ -1583,6 +1755,126 @@ def _pretrain(model, pixels, labels, tokens, config, seed, progress):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+
+
+# ------------------------------------------------------------------------------------------------
+# A federation of images: long tail, clients, CLIP, and what CLIP sees in every image
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FederatedImages:
+    """A long-tailed image set in the hands of K clients, beside a frozen CLIP.
+
+    The N images of the pool are numbered: the long-tailed training images first, then all test
+    images. clip, tokenizer: as in Backbone, nothing of it requires a gradient; features: (N, E)
+    image features, not normalised; labels: (N,); clients: K pairs (train, test) of index tensors;
+    test: the numbers of all test images; groups: see frequency_groups; template: the caption that
+    the set's authors use, with {} for the class name.
+    """
+    clip: torch.nn.Module
+    tokenizer: object
+    pool: "ImagePool"
+    features: torch.Tensor
+    labels: torch.Tensor
+    clients: list
+    test: torch.Tensor
+    groups: dict
+    class_names: list
+    template: str
+
+    def text(self, template):
+        """Normalised text features (C, E) of the classes' names in a caption with {}."""
+        tokens = self.tokenizer([template.format(name) for name in self.class_names])
+        return text_features(self.clip, tokens.to(self.labels.device))
+
+
+def check_federation(args):
+    """UserError for flags that load_federation could make nothing of, before anything is loaded."""
+    name = image_set_name(args.dataset)
+    if args.groups:
+        group_rule(args.groups)
+    if args.model == "tiny" and name != "shapes" and not name.startswith("folder:"):
+        raise UserError(
+            "--model tiny is pre-trained on the spot and needs --dataset shapes-lt or folder:PATH")
+    if args.model == "tiny" and args.weights:
+        raise UserError("--weights goes with an open_clip --model NAME, not with tiny")
+
+
+def load_federation(args, run, official_cifar=False):
+    """Everything of a federated run that is not its method -> FederatedImages.
+
+    args: the flags of the groups "data" and "model" of fedpurel.py, and seed and data_dir; run: a
+    common.Run; official_cifar: see official_cifar_transform. Every draw follows the seed, each with
+    a generator of its own. UserError: what the parts refuse.
+    """
+    name, tiny, pretraining = image_set_name(args.dataset), args.model == "tiny", None
+    with run.rank_zero_first():  # it may download
+        images = load_images(name, args.data_dir, args.seed)
+    if tiny and name == "shapes":
+        pretraining = shapes_pretraining(args.seed)
+    elif tiny:
+        rng = numpy_generator(args.seed, "pretrain-share")
+        *pretraining, images = split_for_pretraining(images, args.pretrain_share, rng)
+    images = long_tailed(images, args.imbalance, args.n_max, args.class_order, args.seed)
+    clients = federated_clients(images, images.train_labels, args.clients, args.beta,
+                                numpy_generator(args.seed, "partition"))
+    rule = args.groups or ("thirds" if images.num_classes < 30 else "100,20")
+    counts = np.bincount(images.train_labels, minlength=images.num_classes)
+    groups = frequency_groups(counts, group_rule(rule))
+
+    with run.rank_zero_first():  # it may download, or pre-train
+        backbone = _federation_backbone(args, name, images, pretraining, run)
+    if official_cifar and name in CIFAR_STATISTICS:
+        backbone.transform = official_cifar_transform(name, backbone.size)
+    clip = backbone.clip.requires_grad_(False)
+    check_towers(clip, args.peft)
+    pool = ImagePool(Images.concat(images.train, images.test), backbone.transform,
+                     backbone.random_transform, args.workers, run.device)
+    if tiny or args.peft == "lora":
+        pool.preload()
+    with run.rank_zero_first():
+        features = encode_once(clip, pool, run.device, args.data_dir / "cache", run.progress)
+    labels = np.concatenate([images.train_labels, images.test_labels])
+    return FederatedImages(
+        clip, backbone.tokenizer, pool, features, torch.as_tensor(labels, device=run.device),
+        [tuple(torch.as_tensor(part, device=run.device) for part in pair) for pair in clients],
+        torch.arange(len(images.train_labels), len(labels), device=run.device), groups,
+        images.class_names, images.template)
+
+
+def _federation_backbone(args, name, images, pretraining, run):
+    """The CLIP of --model: open_clip's, a checkpoint's, or a tiny one pre-trained here."""
+    if args.model != "tiny":
+        return open_clip_backbone(args.model, args.weights, args.seed, run.device,
+                                  args.data_dir / "weights")
+    config = TinyConfig() if name == "shapes" else PHOTO_TINY
+    return tiny_backbone(*pretraining, images.class_names, images.template, config, args.seed,
+                         run.device, args.data_dir / "cache", run.progress)
+
+
+def check_towers(clip, peft):
+    """UserError where a CLIP's towers are not what the tuned part --peft is made for."""
+    def plain(blocks):
+        return len(blocks) and all(type(b.attn) is torch.nn.MultiheadAttention for b in blocks)
+
+    if peft == "prompt":
+        causal = getattr(clip, "attn_mask", None) is not None
+        causal = causal and getattr(clip, "text_pool_type", "") == "argmax"
+        if not causal or not plain(getattr(getattr(clip, "transformer", None), "resblocks", [])):
+            raise UserError("--peft prompt needs CLIP's causal text transformer; try "
+                            "--peft adapter")
+    if peft == "lora":
+        tower = getattr(clip.visual, "transformer", None)
+        if not plain(getattr(tower, "resblocks", [])):
+            raise UserError("--peft lora needs a ViT vision tower of open_clip; try "
+                            "--peft adapter")
+
+
+@torch.no_grad()
+def text_features(clip, tokens):
+    """Normalised text features (C, E) of (C, L) token ids; 256 texts at a time."""
+    return torch.cat([F.normalize(clip.encode_text(part), dim=-1) for part in tokens.split(256)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2258,6 +2550,15 @@ def get_problem(name, data_dir="data", seed=0, shift=0.0, noise=False):
                        "Deb et al. 2009; ideal and nadir: extremes of the objectives at zero noise")
     raise UserError(f"the problem {name!r} is unknown; there are {', '.join(PROBLEMS)} and "
                     "FILE.py:NAME for your own")
+
+
+def get_problems(names, data_dir="data", seed=0, shift=0.0):
+    """The Problems of several names; UserError unless what they call themselves differs."""
+    problems = [get_problem(name, data_dir, seed, shift) for name in names]
+    if len({p.name for p in problems}) < len(problems):
+        raise UserError("--problems: results are kept by name, so names must differ; got "
+                        + ", ".join(p.name for p in problems))
+    return problems
 
 
 def _own_problem(spec):
