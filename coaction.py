@@ -15,7 +15,7 @@ Run
     python coaction.py --suite mtmo --method all          the nine CEC 2017 pairs, all ablations
     python coaction.py --problems f1 re33 mine.py:Truss   any list, your own included
 
-Paper map (the paper's abstract; our numbers)
+Paper map (of the paper's abstract; the numbering is ours)
     Eq. E1  task tokens             CoAction.forward: A p_k + e_k
     Eq. E2  attention over tasks    TaskBlock.forward
     Eq. E3  solutions               CoAction.forward: one head per task
@@ -23,36 +23,39 @@ Paper map (the paper's abstract; our numbers)
     Eq. E5  HV, Range, Sparsity     evaluate, common.hypervolume, angular_range, sparsity
 
 Symbols
-    p_k       preferences[k]   (S, B, m_k)      on the simplex
-    e_k       embedding        (S, K, d)        what tells the tasks apart
-    h_k       tokens           (S, B, K, d)     S networks, B preferences, a sequence of K tasks
+    p_k       preferences[k]   (S, B, m_k)      on the simplex (+ 1e-4 in training)
+    e_k       CoAction.task    (S, K, d)        all K of them: what tells the tasks apart
+    h_k       h                (S, B · K, d)    all tokens: for each preference, K in a row
     x_k       solutions[k]     (S, B, n_k)      in the unit cube; boxes bring them to bounds
     f_k       values           (S, B, m_k)      objectives, all minimised
     d, L      width, layers    --width 64, --layers 3
     K, S, B   tasks, seeds, preferences a step (--seeds 5, --batch 30)
 
 Cost
-    A sequence is only K tokens long, so everything is overhead of small operations: all seeds train
-    at once as a leading dimension. benchmarks/coaction_claims.py compares it with CoPSL.
+    A sequence is only K tokens long, so that time goes into starting small operations: all seeds
+    train at once as a leading dimension. benchmarks/coaction_claims.py compares it with CoPSL.
 
 Results
     Mean HV over 10 seeds, every method by the tuned recipe, CoAction / PSL: F1-F6 .8705 / .8676,
     re3 1.0919 / 1.0836, re-mixed .8251 / .8216, mtmo .331 / .246, re2 1.0065 / 1.0074. Attention
-    pays on re3 (+.006) and mtmo (+.013); copies of a task do not attend to each other. With the
-    optima of mtmo moved away from where networks start (--shift .5) it is .156 / .158. Wins, ties
-    and losses by task, and what does not hold: benchmarks/RESULTS.md.
+    pays on re3 (+.006) and mtmo (+.013); put beside copies of itself, a task attends to them less
+    than to others. With the optima of mtmo moved away from where networks start (--shift .5) mtmo
+    has .156 / .158. Spreads, wins, ties and losses by task, what does not hold:
+    benchmarks/RESULTS.md.
 
 Where we depart (the marks can be searched for)
     From the paper: several tasks at once; one embedding vector a task; a Transformer encoder whose
     self-attention captures dependencies between tasks; Hypervolume, Range and Sparsity.
-    UNSPECIFIED 1 how preferences enter: one linear map per number of objectives, shared by tasks.
+    UNSPECIFIED 1 how preferences enter: one linear map per number of objectives, shared by tasks,
+                  added to the task's embedding, which is drawn N(0, 1). One token a task.
     UNSPECIFIED 2 the encoder: pre-norm, 3 layers, width 64, 4 heads, feed-forward twice as wide, no
                   positions, no dropout, no norm at its end. Found by a search on tuning seeds; the
                   last two of these choices matter most, see benchmarks/RESULTS.md.
     UNSPECIFIED 3 the heads: one linear layer and a sigmoid per task, drawn a tenth as large as
                   nn.Linear does, so that solutions start near the middle of their box.
     UNSPECIFIED 4 all of training: --recipe tuned is that of copsl.py; --recipe copsl is what the
-                  CoPSL paper does, but for its test preferences on a quarter circle.
+                  CoPSL paper does in training (its test preferences lie on a quarter circle, ours
+                  on the simplex).
     UNSPECIFIED 5 the variants of Range and Sparsity: those of common.py.
     UNSPECIFIED 6 whose preference is whose: tasks with equally many objectives share each draw in
                   training and each preference of the test; the others have their own, in the test
@@ -145,7 +148,7 @@ class TaskBlock(nn.Module):
         S, _, d = h.shape
         # All linear layers treat tokens one by one, so preferences and tasks share an axis there.
         # Attention is the one place where they part: the K tokens of one preference are a sequence
-        # of their own, and never see another preference's, which is another question.
+        # of their own and do not see the tokens of the other B - 1 preferences.
         qkv = self.qkv(self.norm1(h)).view(S, -1, tasks, 3, self.heads, d // self.heads)
         q, k, v = (qkv[:, :, :, i].transpose(2, 3).flatten(0, 1) for i in range(3))
         # each (S · B, heads, K, d / heads): S · B sequences of K tokens
@@ -175,10 +178,12 @@ class CoAction(nn.Module):
         self.n_objs, self.n_vars = list(n_objs), list(n_vars)
         self.width, tasks = width, len(self.n_vars)
         # How a preference becomes a token is shared by all tasks with as many objectives
-        # (UNSPECIFIED 1): what sets tasks apart is their embedding alone.
-        self.embed = nn.ModuleDict({str(m): SeedLinear(m, width, generators)
-                                    for m in sorted(set(self.n_objs))})
-        # From the abstract: an embedding vector per task, and a Transformer encoder over tasks
+        # (UNSPECIFIED 1): up to the heads, what sets tasks apart is their embedding alone.
+        self.read = nn.ModuleDict({str(m): SeedLinear(m, width, generators)
+                                   for m in sorted(set(self.n_objs))})
+        # From the abstract: an embedding vector per task, and a Transformer encoder over tasks.
+        # Without embeddings, tasks with as many objectives are the same token: attention then has
+        # nothing to tell apart, and only the heads differ.
         scale = 1.0 if embed else 0.0
         draws = [torch.randn(tasks, width, generator=g) for g in generators]
         self.task = nn.Parameter(scale * torch.stack(draws), requires_grad=embed)  # (S, K, d)
@@ -200,13 +205,13 @@ class CoAction(nn.Module):
         if torch.is_tensor(preferences):
             preferences = [preferences] * len(self.n_vars)
         # `asked` are the tasks whose solutions are wanted, `present` the tokens of the sequence. A
-        # user who needs one task still gets the better answer with the others present, as in
-        # training; alone (context=False) it is cheaper, and says what the others are worth.
+        # user who needs one task gets the answer that was trained for with the others present;
+        # alone (context=False) it is cheaper, but the network has never seen a task alone.
         every = list(range(len(self.n_vars)))
         asked = every if tasks is None else list(tasks)
         present = every if context else asked
-        # Eq. (E1): h_k = A_{m_k} p_k + e_k
-        tokens = [self.embed[str(self.n_objs[k])](preferences[k]) + self.task[:, k, None]
+        # Eq. (E1): h_k = A_{m_k} p_k + e_k, A with a bias
+        tokens = [self.read[str(self.n_objs[k])](preferences[k]) + self.task[:, k, None]
                   for k in present]  # each (S, B, d)
         h = torch.stack(tokens, 2).flatten(1, 2)  # (S, B · K, d)
         for block in self.blocks:
@@ -224,7 +229,7 @@ class CoAction(nn.Module):
 
 
 class Towers(nn.Module):
-    """The peers: m_k - 256 - 256 - n_k per task; `shared` first layer (CoPSL) or none (PSL)."""
+    """The networks compared with, m_k - 256 - 256 - n_k: CoPSL (`shared` first layer) or PSL."""
 
     def __init__(self, n_objs, n_vars, width=256, generators=(None,), shared=True):
         super().__init__()
@@ -268,8 +273,9 @@ def smooth_tchebycheff(values, preferences, mu=.1):
 
     values: (..., m), normalised; preferences: (..., m) > 0; mu: how smooth -> (...).
     """
-    # The minimum of max_j f_j / p_j is where the ray through p meets the front, whatever its shape.
-    # Smoothed, the gradient reaches every objective that is near the largest.
+    # The minimum of max_j f_j / p_j is where the ray through p meets the front, convex or not: a
+    # large p_j allows a large f_j. (Dividing all weights by their sum moves no minimum.) Smoothed,
+    # the gradient reaches every objective that is near the largest.
     weights = (1 / preferences) / (1 / preferences).sum(-1, keepdim=True)
     return mu * torch.logsumexp(weights * values / mu, dim=-1)
 
@@ -289,8 +295,8 @@ def dirichlet_preferences(steps, batch, n_obj, generator=None):
 def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
     """Like dirichlet_preferences, but each step's batch covers the simplex evenly.
 
-    A lattice, moved by a random shift a step. For m > 2 not even-handed: the edges of the middle
-    objectives occur less often, because cuts are sorted after they are clipped.
+    A lattice, moved by a random shift a step. For m > 2 not even-handed: a cut that is clipped to 0
+    or 1 makes the first or the last objective's share 0, seldom a middle one's.
     """
     # 1. A preference of m numbers that sum to 1 is a stick cut in m - 1 places; cuts that are
     #    uniform on [0, 1] and sorted make preferences that are uniform on the simplex.
@@ -300,7 +306,7 @@ def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
     for _ in range(60):  # fixed-point iteration of g = (1 + g)^(1/m)
         golden = (1 + golden) ** (1 / n_obj)
     slope = torch.tensor([golden ** -(j + 1) for j in range(n_obj - 1)])
-    # 3. One random shift a step, modulo 1: over the steps every preference is equally likely.
+    # 3. One random shift a step, modulo 1: over the steps all cuts are equally likely.
     shift = torch.rand(steps, 1, n_obj - 1, generator=generator)
     cuts = (torch.arange(batch)[:, None] * slope + shift) % 1  # (steps, B, m - 1)
     # 4. Stretched over both ends and clipped: some cuts fall on 0 or 1, the ends of the front.
@@ -414,18 +420,19 @@ def train_step(world, net, optimizer, p, ranges):
             losses.append(smooth_tchebycheff(f, p[k], world.args.mu).mean(-1))
         else:
             losses.append(modified_tchebycheff(f, p[k]).sum(-1))
-    # Eq. (E4): Σ_k mean_b g(f_k(x_k(p_b)), p_b)
+    # Eq. (E4): Σ_k mean_b g(f_k(x_k(p_b)), p_b); with --recipe copsl the sum over b
     loss = torch.stack(losses, -1).sum(-1)  # (S,)
     total = loss.sum()  # no seed's loss depends on another seed's parameters
     if world.tuned:
         # The mean squared logit, weighed lightly, keeps solutions off the flat ends of the sigmoid,
-        # where nothing is learned any more.
+        # where nothing is learned any more. (Beyond 1e-6 of an end it has no gradient either: it
+        # has to act before.)
         total = total + 2e-4 * sum(torch.logit(x, 1e-6).square().mean((1, 2)).sum()
                                    for x in solutions)
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     if world.tuned:
-        clip_gradients(net.parameters(), 1.0)
+        clip_gradients(net.parameters(), 1.0)  # one norm over all tasks, for PSL's networks too
     optimizer.step()
     return loss.detach()
 

@@ -16,7 +16,7 @@ Run
     python copsl.py --recipe tuned                         our recipe: same network, better fronts
     python copsl.py --problems mine.py:Truss mine.py:Beam  your own (see data.get_problem)
 
-Paper map (our numbers, in the order of the paper's method section)
+Paper map (the numbering is ours, in the order of the paper's method section)
     Eq. E1  Pareto set model        CoPSL.forward, PSL
     Eq. E2  scalarisations          scalarize
     Eq. E3  collaborative loss      train_step
@@ -41,20 +41,20 @@ Cost
     K. benchmarks/copsl_speed.py measures both beside a plain arrangement.
 
 Results
-    F1-F6, 10 seeds, half a CPU-minute: mean HV .8166 (the authors' programs, 10 seeds: .8201),
-    tuned .8677, front at 100 points .8718. `tuned` is above the paper's recipe on all 11 problems
-    of the paper. Training takes a fifth of a plain arrangement's CPU time a seed, GradNorm a
-    twelfth. Spreads, NSGA-II/III and MOEA/D at equal evaluations, what does not hold:
+    F1-F6, 10 seeds, half a CPU-minute: mean HV of f / nadir .8166 (the authors' programs, 10 seeds:
+    .8201), tuned .8677, front at 100 points .8718. `tuned` is above the paper's recipe on all 11
+    problems of the paper. Training takes a fifth of a plain arrangement's CPU time a seed, GradNorm
+    a twelfth. Spreads, NSGA-II/III and MOEA/D at equal evaluations, what does not hold:
     benchmarks/RESULTS.md.
 
 Where we depart (the marks can be searched for)
     DEVIATION 1   COSMOS subtracts γ cos(p, f), as its authors do; the CoPSL code adds it (--recipe
                   official adds it too).
     DEVIATION 2   all seeds train in one process, each with generators of its own; the authors' code
-                  runs them one by one. Same numbers, other random draws.
+                  runs them one by one. The same training, other random draws.
     DEVIATION 3   --recipe tuned is ours: see TUNED.
-    DEVIATION 4   GradNorm's weights stay above 1e-3: Adam's steps could take one below 0, and its
-                  problem would then be made worse on purpose.
+    DEVIATION 4   GradNorm's weights are kept at 1e-3 or more before they are rescaled: Adam's steps
+                  could take one below 0, and its problem would then be made worse on purpose.
     UNSPECIFIED 1 test preferences for m > 3: the largest Das-Dennis set of at most 210 points.
 
 References
@@ -160,7 +160,7 @@ class CoPSL(nn.Module):
         """
         # GradNorm asks how hard each problem pulls at the shared weights. The plain way is K
         # backward passes, one for each problem:
-        #     [torch.autograd.grad(losses[:, k].sum(), w1, retain_graph=True) for k in range(K)]
+        #     [torch.autograd.grad(losses[:, k].sum(), W, retain_graph=True) for k in range(K)]
         # But L_k reaches W through branch k only. So one backward pass of the sum, stopped at the
         # branches, has all K gradients side by side, and the last layer is done by hand: with
         # h = relu(p W + b), ∂L_k/∂W = pᵀ (∂L_k/∂h_k where h_k > 0). The same numbers for one pass.
@@ -175,7 +175,7 @@ class CoPSL(nn.Module):
 
 
 class PSL(CoPSL):
-    """K separate networks m - 256 - 256 - n_k, stacked: the baseline that shares nothing."""
+    """K separate networks m - 256 - 256 - n_k, stacked: the baseline, which shares no parameter."""
     shared = False
 
 
@@ -197,8 +197,9 @@ def scalarize(values, preferences, kind, ideal=0.0, rho=.01, gamma=100.0, mu=.1,
     # A weighted sum finds the point of the front whose tangent is normal to p: convex parts only.
     if kind == "ls":  # Eq. (E2a): Σ_j p_j f_j
         return (p * f).sum(-1)
-    # Tchebycheff functions have their minimum where the ray through p (for mtch) meets the front,
-    # whatever its shape; ρ Σ f pushes on along objectives that are not the largest.
+    # Tchebycheff functions have their minimum where a ray meets the front, convex or not: for mtch
+    # the ray through p (a large p_j allows a large f_j), for tch the one through 1 / p. ρ Σ f
+    # pushes on along objectives that are not the largest.
     if kind == "tch":  # Eq. (E2b): max_j p_j f_j + ρ Σ_j f_j
         return (p * f).amax(-1) + rho * f.sum(-1)
     if kind == "mtch":  # Eq. (E2c): max_j f_j / p_j + ρ Σ_j f_j
@@ -226,8 +227,8 @@ def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
     """Like dirichlet_preferences, but each step's batch covers the simplex evenly (ours).
 
     30 random preferences leave gaps and clumps, and hardly ever an end of the front. These are a
-    lattice, moved by a random shift a step. For m > 2 not even-handed: the edges of the middle
-    objectives occur less often, because cuts are sorted after they are clipped.
+    lattice, moved by a random shift a step. For m > 2 not even-handed: a cut that is clipped to 0
+    or 1 makes the first or the last objective's share 0, seldom a middle one's.
     """
     # 1. A preference of m numbers that sum to 1 is a stick cut in m - 1 places; cuts that are
     #    uniform on [0, 1] and sorted make preferences that are uniform on the simplex.
@@ -238,8 +239,8 @@ def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
     for _ in range(60):  # fixed-point iteration of g = (1 + g)^(1/m)
         golden = (1 + golden) ** (1 / n_obj)
     slope = torch.tensor([golden ** -(j + 1) for j in range(n_obj - 1)])
-    # 3. One random shift a step (modulo 1, which keeps the lattice even) makes every preference
-    #    equally likely over the steps.
+    # 3. One random shift a step (modulo 1, which keeps the lattice even) makes all cuts equally
+    #    likely over the steps.
     shift = torch.rand(steps, 1, n_obj - 1, generator=generator)
     cuts = (torch.arange(batch)[:, None] * slope + shift) % 1  # (steps, B, m - 1)
     # 4. Stretched by 5% over both ends and clipped: some cuts fall on 0 or 1 exactly, which are
@@ -258,7 +259,7 @@ def update_range(ideal, nadir, values, keep=.9):
     low, high = values.detach().aminmax(dim=-2, keepdim=True)
     if ideal is None:
         return low, high
-    # The smallest value seen is a lower bound that only gets better. The largest is not kept: early
+    # The smallest value seen only ever comes nearer to the ideal. The largest is not kept: early
     # batches are far from the front, and their values would stay in it.
     return torch.minimum(ideal, low), keep * nadir + (1 - keep) * high
 
@@ -373,7 +374,8 @@ def train_step(world, net, optimizer, p, state):
         loss = (weights.detach() * losses).sum()
     if recipe["saturation"]:
         # DEVIATION 3: Adam's first large steps can drive a solution to the flat end of the sigmoid,
-        # where it learns no more. The mean squared logit, weighed lightly, brings it back.
+        # where it learns no more. The mean squared logit, weighed lightly, holds it back (within
+        # 1e-6 of the end it has no gradient either, so it has to act before).
         logits = [torch.logit(x, 1e-6).square().mean((1, 2)).sum() for x in solutions]
         loss = loss + recipe["saturation"] * sum(logits)
     optimizer.zero_grad(set_to_none=True)
@@ -470,7 +472,7 @@ def build_parser():
     add = parser.group("method")
     add("--method", str, "psl,copsl", f"{', '.join(METHODS)}, several with commas, or all")
     add("--recipe", ["paper", "official", "tuned"], "paper",
-        "official: the authors' code (DEVIATION 1); tuned: ours, same network (DEVIATION 3)")
+        "official: COSMOS as the authors' code (DEVIATION 1); tuned: ours, same network (3)")
     add("--loss", LOSSES, None, "scalarisation (default mtch, the paper's; tuned: smtch)")
     add("--gamma", float, 100.0, "γ of COSMOS (paper %(default)s)", low=0)
     add("--mu", float, .1, "μ of stch and smtch, in units of the objectives (ours)", above=0)
@@ -487,7 +489,7 @@ def build_parser():
 
 
 def resolve(args):
-    """Expand names; refuse what does not go together."""
+    """Expand names."""
     args.method = ",".join(common.choose(args.method, METHODS))
     words = [w for word in args.problems
              for w in ([word] if ".py:" in word else word.lower().split(","))]
@@ -534,7 +536,7 @@ def main(argv=None):
 
 
 def summarise(history, names):
-    """{"hv" | "hv_official" | "initial_hv": {problem: one number per seed, in seed order}}."""
+    """{"hv" | "hv_official" | "initial_hv": {problem: one number per seed}, "curve": by step}."""
     first, last = history[min(history)], history[max(history)]
 
     def table(found, key):
@@ -608,8 +610,8 @@ def draw_figure(world, fronts, results, references, path):
     scaled = {m: [f / p.nadir for f, p in zip(front, world.problems, strict=True)]
               for m, front in fronts.items()}
     references = [f / p.nadir for f, p in zip(references, world.problems, strict=True)]
-    with common.figure(path, f"CoPSL: learned fronts of seed {world.args.seed} as f / nadir, HV of "
-                       f"{seeds} seeds, {world.args.recipe} recipe",
+    with common.figure(path, f"CoPSL: learned fronts of seed {world.args.seed} as f / nadir; mean "
+                       f"normalised HV of {seeds} seeds, {world.args.recipe} recipe",
                        (4.4 * min(count, 3), 3.6 * -(-count // 3) + .5)) as (drawing, _):
         common.front_panels(drawing, names, scaled, styles, references, 1.3, 3,
                             [f"{n}   HV {hv(n)}" for n in names])
