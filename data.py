@@ -218,12 +218,9 @@ def federated_clients(images, train_labels, num_clients, beta, rng):
     if images.coarse is not None:
         labels = np.concatenate([train_labels, test_labels])
         parts = pachinko_partition(images.coarse[labels], labels, num_clients, beta, rng)
-        clients = [(p[p < first_test], p[p >= first_test]) for p in parts]
-        if not all(len(a) and len(b) for a, b in clients):
-            raise UserError("a client got no training or no test sample; use fewer --clients or a "
-                            "larger --beta")
-        return clients
-    if images.client_tests == "like training":
+        train = [p[p < first_test] for p in parts]
+        test = [p[p >= first_test] - first_test for p in parts]
+    elif images.client_tests == "like training":
         train, test = dirichlet_partition(train_labels, test_labels, num_clients, beta, rng)
     else:
         train, _ = dirichlet_partition(train_labels, None, num_clients, beta, rng)
@@ -234,6 +231,9 @@ def federated_clients(images, train_labels, num_clients, beta, rng):
             test = [np.sort(deck[k::num_clients]) for k in range(num_clients)]
         else:
             test, _ = dirichlet_partition(test_labels, None, num_clients, beta, rng)
+    if not all(map(len, [*train, *test])):
+        raise UserError("a client got no training or no test sample; use fewer --clients or a "
+                        "larger --beta")
     return [(a, b + first_test) for a, b in zip(train, test, strict=True)]
 
 

@@ -26,18 +26,19 @@ Paper map (our numbers, in the order of the paper's method section)
     Eq. E6  residual logits         residual_loss, predict_personal
     Eq. E7  private objective       residual_loss, in tune_private
     The algorithm box               train_method (a round), tune_shared (stage 1), tune_private (2)
+    Baselines, ablations            task_gradient, --align, --no-residual
 
 Symbols
-    z         zero_shot_logits          (B, C)      logits of untuned CLIP
-    f         tuned_logits              (B, C)      logits of the model that is being tuned
+    z         z, zero_shot_logits       (B, C)      logits of untuned CLIP
+    f         f, tuned_logits           (B, C)      logits of the model that is being tuned
     H*        target_entropy            (B,)        entropy both predictions are brought to, nats
     τ_z, τ_f  alignment_temperature     (B,)        in [0.05, 20]
-    g_task    task_grad                 a tensor    gradient of the cross-entropy
-    g_align   align_grad                a tensor    gradient of TKL
+    g_task    g_task, task_grad         a tensor    gradient of the cross-entropy
+    g_align   g_align, align_grad       a tensor    gradient of TKL
     λ_p       strength                  number      --strength 1
     φ_g       state["global"]           dict        the parameters that clients share
     φ_k       state["private"][k]       dict        the parameters that client k keeps
-    l_G, l_P  global_, private_logits   (B, C)
+    l_G, l_P  l_G, l_P, ..._logits      (B, C)      logits of the global and the private model
     λ         lam                       number      --lam 0.9
     K, β      clients, beta             numbers     --clients 20 --beta 1
     C, N, E, D   classes, images, width of the joint embedding, width of a tower
@@ -56,7 +57,7 @@ Results
     72.9 / 85.1, FedPuReL 74.9 / 88.2. CIFAR-100-LT (paper: GM 69.77, PM 73.37): not run, no weights
     on our machine. Spreads, real photographs, what does not hold: benchmarks/RESULTS.md.
 
-Where we depart (the marks can be searched for)
+Where we depart (the marks can be searched for; --recipe official is one block of code below)
     DEVIATION 1   a fresh optimiser per client; in the authors' code one optimiser lives on, so that
                   momentum leaks from client to client, in the order in which they were drawn
                   (--recipe official keeps the leak).
@@ -76,12 +77,12 @@ Where we depart (the marks can be searched for)
     DEVIATION 8   float32 throughout. The authors run prompt and adapter in float16, parameters,
                   momentum and purification included (LoRA in float32): there, most steps of
                   learning rate 1e-3 on a context of N(0, 0.02²) are rounded away.
-    UNSPECIFIED 1 the paper's balancedness: we take the form of Kang et al. 2021 (--sigma).
+    UNSPECIFIED 1 the paper's balancedness: we take the form of Kang et al. 2021, σ = 0.1.
     UNSPECIFIED 2 Many/Med/Few of personal models: mean over the classes a client tests, then over
                   the clients that test any of the group.
     UNSPECIFIED 3 "without residual": the private parameters alone make the personal prediction.
     UNSPECIFIED 4 the baselines: logit adjustment's class prior is the federation's summed class
-                  counts, plus one; FedProx has μ = 0.01 (--prox-mu).
+                  counts, plus one, and its τ is 1; FedProx has μ = 0.01 (--prox-mu).
     UNSPECIFIED 5 Aircraft tunes on train + val; Fashion-MNIST, like CIFAR, is not augmented; the
                   caption of Stanford Dogs.
 
@@ -93,7 +94,6 @@ References
 # ================================================================================================
 # Setup
 # ================================================================================================
-import argparse
 import copy
 import math
 from pathlib import Path
@@ -107,25 +107,31 @@ from torch.func import functional_call
 import common
 import data
 
-METHODS = ["zeroshot", "fedavg", "fedprox", "local", "fedavg-ft", "logit-adjust", "fedpurel"]
 LABELS = {
     "zeroshot": "zero-shot CLIP", "fedavg": "FedAvg", "fedprox": "FedProx", "local": "Local",
     "fedavg-ft": "FedAvg + local tuning", "logit-adjust": "FedAvg + logit adj.",
     "fedpurel": "FedPuReL",
 }
+METHODS = list(LABELS)
+COLOURS = dict(zip(METHODS, [common.GREY, common.ORANGE, common.AMBER, common.PINK, common.SKY,
+                             common.GREEN, common.BLUE], strict=True))
 
 # Defaults that depend on the data: the paper's setting, and that of the models pre-trained here.
 # Their learning rates were chosen on seeds that benchmarks/RESULTS.md does not report.
-PAPER = {"model": "ViT-B-16-quickgelu:openai", "method": "fedpurel", "rounds": 100, "lr": 1e-3,
-         "private_lr": 1e-3, "beta": 1.0}
-SMALL = {"model": "tiny", "method": "zeroshot,fedavg,fedpurel", "rounds": 20, "beta": .3,
-         "threads": 1}
+PAPER = {"method": "fedpurel", "rounds": 100, "lr": 1e-3, "private_lr": 1e-3, "beta": 1.0}
+SMALL = {"method": "zeroshot,fedavg,fedpurel", "rounds": 20, "beta": .3, "threads": 1}
 SMALL_LR = {"prompt": (.001, .003), "lora": (.01, .1), "adapter": (.1, .3)}  # stage 1, stage 2
 PHOTO_LR = {"prompt": (.1, .1), "lora": (.01, .03), "adapter": (.1, .3)}
 
 # ================================================================================================
 # Model: CLIP with one small trainable part
 # ================================================================================================
+
+# Clients exchange what they train, so it is small: CLIP itself is frozen, and one of three parts is
+# added. Where it stands decides what has to be computed at every step:
+#   prompt   4 word vectors in front of every class name: the texts change, the images do not
+#   lora     low-rank updates inside the vision tower: the images change, the texts do not
+#   adapter  a gate on the finished image feature: neither tower has to run again
 
 
 class PromptLearner(nn.Module):
@@ -134,24 +140,36 @@ class PromptLearner(nn.Module):
     clip: an open_clip.CLIP with a causal text tower of nn.MultiheadAttention blocks; freeze it.
     tokens: (C, L) ids of "X X X X name." with n_ctx words X; end-of-text is a row's largest id.
     forward() -> (C, E) text features, not normalised. Only `ctx` (n_ctx, D) is to be trained.
-
-    Equal to the full tower on all L tokens, at a fraction of the cost, because the tower is causal:
-    tokens after the longest end-of-text cannot matter, and the prefix (start of text and context)
-    is the same in all classes, so its keys and values are computed once instead of C times.
     """
+
+    # The plain version, as CoOp has it: write one sequence for each class,
+    #     start of text, ctx, name, ".", end of text, padding          (C, L, D) with L = 77,
+    # add the positions, send all C through the text tower, read each at its end of text. What
+    # follows is the same as clip.encode_text on all C texts, with ctx in the place of the words X,
+    # because that tower is causal: position i only ever looks at positions up to i.
+    #   1. What stands behind the longest end of text is looked at by nothing that is read. It is
+    #      cut off: on CIFAR-100, 10 tokens are left of 77.
+    #   2. Start of text and context are the same in all C texts and come first, so they never look
+    #      at a name. In every layer their hidden states are the same for all classes: they are
+    #      computed once, as a batch of one, instead of C times.
+    # So two streams go through the blocks side by side:
+    #   x (1, P, D)  the prefix, P = 1 + n_ctx positions; it looks at itself only
+    #   y (C, S, D)  the suffixes: name, ".", end of text; they look at the prefix and at themselves
 
     def __init__(self, clip, tokens, n_ctx=4):
         super().__init__()
         ends = tokens.argmax(dim=-1)  # (C,) position of end-of-text
-        prefix, length = 1 + n_ctx, int(ends.max()) + 1
+        prefix, length = 1 + n_ctx, int(ends.max()) + 1  # P, and P + S
         with torch.no_grad():
             position = clip.positional_embedding[:length]
-            words = clip.token_embedding(tokens[:, :length])  # (C, length, D)
+            words = clip.token_embedding(tokens[:, :length])  # (C, P + S, D)
         self.register_buffer("start", words[:1, :1].clone())  # (1, 1, D) start of text
         self.register_buffer("prefix_position", position[:prefix].clone())  # (P, D)
-        # (C, S, D): name . end-of-text, and for short names padding that nobody looks at
-        self.register_buffer("suffix", words[:, prefix:] + position[prefix:])
+        # Nothing is learned in the suffixes, so words and positions are added up here, once. Short
+        # names end in padding, which stands behind their end of text: nobody looks at it.
+        self.register_buffer("suffix", words[:, prefix:] + position[prefix:])  # (C, S, D)
         self.register_buffer("ends", ends - prefix)
+        # The s-th position of a suffix is position P + s of its text: it sees columns 0 to P + s.
         causal = torch.ones(length - prefix, length, device=tokens.device).tril(prefix)
         self.register_buffer("mask", causal.bool())  # (S, P + S)
         self.blocks, self.ln_final = clip.transformer.resblocks, clip.ln_final
@@ -168,6 +186,7 @@ class PromptLearner(nn.Module):
         y = self.suffix  # (C, S, D)
         for i, block in enumerate(self.blocks):
             x, y = self._block(block, x, y, last=i + 1 == len(self.blocks))
+        # CLIP reads a text at its end, the one position that has seen all of it.
         y = self.ln_final(y[torch.arange(len(y), device=y.device), self.ends])  # (C, D)
         linear = isinstance(self.projection, nn.Linear)  # some open_clip models have a bias here
         return self.projection(y) if linear else y @ self.projection  # (C, E)
@@ -185,9 +204,12 @@ class PromptLearner(nn.Module):
             return t + block.ls_2(block.mlp(block.ln_2(t)))
 
         (qx, kx, vx), (qy, ky, vy) = heads(x), heads(y)
-        k, v = (torch.cat([a.expand(len(y), -1, -1, -1), b], 2) for a, b in ((kx, ky), (vx, vy)))
+        # Here the streams meet: the prefix's keys and values, one set for all classes, stand
+        # before each class's own.
+        k, v = (torch.cat([a.expand(len(y), -1, -1, -1), b], 2)  # (C, heads, P + S, D / heads)
+                for a, b in ((kx, ky), (vx, vy)))
         y = finish(y, F.scaled_dot_product_attention(qy, k, v, attn_mask=self.mask))
-        if not last:  # the classes read their answers from the suffixes
+        if not last:  # after the last block only suffixes are read
             x = finish(x, F.scaled_dot_product_attention(qx, kx, vx, is_causal=True))
         return x, y
 
@@ -198,11 +220,12 @@ class AttentionLoRA(nn.Module):
     W_j x + b_j + (α / √r) B_j A_j dropout(x) for j in q, k, v: rsLoRA scaling, A_j drawn by
     Kaiming(√5), B_j zero. Takes the place of a batch-first nn.MultiheadAttention:
     forward(query (B, N, D), key, value (B, M, D)) -> (attended (B, N, D), None).
-
-    DEVIATION 6: peft's own layer for nn.MultiheadAttention puts one update on the packed (3D, D)
-    weight, so q, k and v share A; it adds the (3D, D) product to the weight on every call, refuses
-    dropout, and also adapts the output projection. benchmarks/fedpurel_round.py measures both.
     """
+
+    # DEVIATION 6: peft's own layer for nn.MultiheadAttention puts one update on the packed (3D, D)
+    # weight, so q, k and v share A; it adds the (3D, D) product to the weight on every call,
+    # refuses dropout, and also adapts the output projection. benchmarks/fedpurel_round.py measures
+    # both.
 
     def __init__(self, attention, rank=8, alpha=16, dropout=.25):
         super().__init__()
@@ -213,6 +236,8 @@ class AttentionLoRA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        # B = 0: a fresh update changes nothing, so tuning starts at exactly CLIP. A must not be 0
+        # as well, or neither would ever get a gradient.
         for a, b in zip(self.down, self.up, strict=True):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             nn.init.zeros_(b)
@@ -220,9 +245,11 @@ class AttentionLoRA(nn.Module):
     def forward(self, query, key=None, value=None, attn_mask=None, **_):
         own = self.attention
         inputs = (query, query if key is None else key, query if value is None else value)
+        # nn.MultiheadAttention keeps its three projections in one packed (3D, D) matrix.
         weights, biases = own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3)
         heads = []
         for x, w, bias, a, b in zip(inputs, weights, biases, self.down, self.up, strict=True):
+            # x Aᵀ first, then Bᵀ: 2rD multiplications a token, where the product B A takes D².
             update = F.dropout(x, self.dropout, self.training) @ a.T @ b.T
             y = F.linear(x, w, bias) + self.scale * update  # (B, N, D)
             heads.append(y.unflatten(-1, (own.num_heads, -1)).transpose(1, 2))  # (B, heads, N, d)
@@ -231,7 +258,11 @@ class AttentionLoRA(nn.Module):
 
 
 class FeatureAdapter(nn.Module):
-    """Attention over the channels of an image feature: x (B, E) -> x · softmax(W2 tanh(W1 x))."""
+    """Attention over the channels of an image feature: x (B, E) -> x · softmax(W2 tanh(W1 x)).
+
+    As in FedCLIP. The softmax sums to 1, so the output is about E times shorter than x: normalise
+    it before it is compared with texts.
+    """
 
     def __init__(self, width, dtype=None):
         super().__init__()
@@ -247,23 +278,22 @@ class FeatureAdapter(nn.Module):
 
 
 def class_token_features(visual, pixels):
-    """Image features (B, E) of open_clip's VisionTransformer: visual(pixels), for less.
-
-    Only the class token of the last block is read, so only its query, projection and MLP are done
-    there; keys and values come from all tokens. Towers that pool otherwise run as they are.
-    """
+    """Image features (B, E) of open_clip's VisionTransformer: visual(pixels), for less."""
+    # The plain version is visual(pixels). Of its last block only the class token is read, so only
+    # that token's query, output projection and MLP are computed there; keys and values still come
+    # from all N tokens. Towers that pool in another way, or need more behind it, run as they are.
     if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
         return visual(pixels)
     if visual.final_ln_after_pool or visual.proj is None:
         return visual(pixels)
-    x = visual._embeds(pixels)  # (B, N, D)
+    x = visual._embeds(pixels)  # (B, N, D) class token first, then patches
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         x = block(x)
     seen, x = last.ln_1(x), x[:, :1]  # (B, N, D), (B, 1, D)
     x = x + last.ls_1(last.attn(seen[:, :1], seen, seen, need_weights=False)[0])
     x = x + last.ls_2(last.mlp(last.ln_2(x)))
-    return visual.ln_post(x[:, 0]) @ visual.proj
+    return visual.ln_post(x[:, 0]) @ visual.proj  # (B, E)
 
 
 class TunedCLIP(nn.Module):
@@ -282,6 +312,7 @@ class TunedCLIP(nn.Module):
         self.register_buffer("text", text)
         self.register_buffer("scale", clip.logit_scale.exp().detach())
         if kind == "lora":
+            # A copy: the untouched tower is still needed, as the teacher's.
             self.visual = copy.deepcopy(clip.visual)
             for block in self.visual.transformer.resblocks:
                 block.attn = AttentionLoRA(block.attn, rank, alpha, dropout)
@@ -293,6 +324,7 @@ class TunedCLIP(nn.Module):
             parts = [self.part]
         self.requires_grad_(False).eval()
         self.parts = parts  # a plain list: the modules are registered above
+        # The parts hold frozen weights of CLIP as well; what is trained has one of these names.
         for part in parts:
             for name, p in part.named_parameters():
                 p.requires_grad_(name.split(".")[0] in ("ctx", "down", "up", "gate"))
@@ -331,6 +363,8 @@ def entropy(probabilities):
 
 def target_entropy(zero_shot_logits, tuned_logits):
     """H*: midway between both predictions' entropies at temperature 1. (B, C) twice -> (B,)."""
+    # How sure should two predictions be when they are compared? Neither side's level is the right
+    # one, so the paper meets them half way, image by image.
     # Eq. (E1): H* = ½ [H(σ_1(f)) + H(σ_1(z))]
     return .5 * (entropy(tuned_logits.softmax(-1)) + entropy(zero_shot_logits.softmax(-1)))
 
@@ -339,9 +373,12 @@ def alignment_temperature(logits, target_entropy, low=.05, high=20.0, halvings=2
     """The temperature τ with H(softmax(logits / τ)) = target, per sample, by bisection (E2).
 
     logits: (B, C); target_entropy: (B,) in nats -> (B,) in [low, high], exact to
-    (high - low) / 2^(halvings + 1). Entropy never falls as τ rises, so bisection finds the root; a
-    target outside what [low, high] can reach gives the nearer end. No gradient flows through it.
+    (high - low) / 2^(halvings + 1). A target outside what [low, high] can reach gives the nearer
+    end. No gradient flows through it.
     """
+    # The equation has no closed form. But entropy never falls as τ rises (from 0 at τ → 0 to log C
+    # at τ → ∞), so halving the bracket always keeps the half with the root. All B brackets are
+    # halved at once.
     with torch.no_grad():
         lower = torch.full_like(target_entropy, low)
         upper = torch.full_like(target_entropy, high)
@@ -354,18 +391,18 @@ def alignment_temperature(logits, target_entropy, low=.05, high=20.0, halvings=2
 
 
 def tkl_loss(zero_shot_logits, tuned_logits):
-    """Temperature-aligned KL divergence (E3), mean over the batch. (B, C) twice -> scalar.
-
-    Both predictions are first brought to the same entropy, so that what is compared is what they
-    believe, not how sure they are. The gradient flows through σ_τf(f) only: z, H*, τ_z and τ_f are
-    constants.
-    """
+    """Temperature-aligned KL divergence (E3), mean over the batch. (B, C) twice -> scalar."""
+    # Plain KL between the two predictions mixes two things: which classes they believe in, and how
+    # sure they are. Tuning makes a model surer, rightly, and plain KL would keep pulling it back.
+    # So both are first brought to the same entropy; what still differs is what they believe.
     with torch.no_grad():
         z, f = zero_shot_logits, tuned_logits
-        target = target_entropy(z, f)
+        target = target_entropy(z, f)  # (B,)
         # Eq. (E2): H(σ_τz(z)) = H(σ_τf(f)) = H*, both in one bisection
-        both, targets = torch.cat([z, f]), torch.cat([target, target])
+        both, targets = torch.cat([z, f]), torch.cat([target, target])  # (2B, C), (2B,)
         tau_z, tau_f = alignment_temperature(both, targets).chunk(2)
+    # H*, τ_z and τ_f depend on f, but count as constants, as does z: the gradient reaches f only
+    # through σ_τf(f). Otherwise f could lower the loss by moving the temperatures.
     # Eq. (E3): TKL = KL(σ_τz(z) ‖ σ_τf(f))
     return kl_loss(zero_shot_logits / tau_z[:, None], tuned_logits / tau_f[:, None])
 
@@ -384,20 +421,19 @@ def purify_gradient(task_grad, align_grad, strength=1.0):
     """Take out of the task gradient what opposes the alignment gradient (E4), for one tensor.
 
     task_grad, align_grad: tensors of one shape; strength λ_p in [0, 1] -> tensor of that shape. At
-    λ_p = 1 the result never increases the alignment loss to first order. A zero align_grad changes
-    nothing.
+    λ_p = 1 the result never increases the alignment loss to first order.
     """
+    # A step along -g changes the alignment loss by about -⟨g, g_align⟩: a negative inner product
+    # means that learning this would cost balance. Then, and only then, the component along g_align
+    # is subtracted, and what is left is orthogonal to it: the step may learn everything that leaves
+    # the balance alone. An agreeing g_task stays as it is; g_align itself is never followed.
     inner, square = (task_grad * align_grad).sum(), (align_grad * align_grad).sum()
     # Eq. (E4): g_task - λ_p ⟨g_task, g_align⟩ / ‖g_align‖² · g_align where ⟨g_task, g_align⟩ < 0
+    # where() instead of an if: no waiting for a GPU. The second one keeps 0 / 0 out: a model that
+    # agrees with z exactly (LoRA at its start) has g_align = 0, and nothing to be purified of.
     conflict = (inner < 0) & (square > 0)
     factor = torch.where(conflict, inner / torch.where(conflict, square, 1.0), 0.0)
     return task_grad - strength * factor * align_grad
-
-
-def official_adapter_loss(zero_shot_logits, tuned_logits):
-    """KL(softmax(z) ‖ softmax(f)) through log_softmax, mean over the batch: see DEVIATION 7."""
-    return F.kl_div(tuned_logits.log_softmax(-1), zero_shot_logits.softmax(-1).detach(),
-                    reduction="batchmean")
 
 
 def residual_loss(global_logits, private_logits, labels, lam):
@@ -405,8 +441,12 @@ def residual_loss(global_logits, private_logits, labels, lam):
 
     (B, C) twice, labels (B,), lam = λ in [0, 1] -> scalar; gradient reaches private_logits only.
     """
+    # Personalisation by addition: the balanced global model is left as it is, and the client's own
+    # branch says what has to be added for this client.
     # Eq. (E6): l_final = l_G + l_P, l_G frozen
     final_logits = global_logits.detach() + private_logits
+    # The first term alone would leave the private branch idle wherever l_G is right already; the
+    # second asks it to know its client's images by itself.
     # Eq. (E7): (1 - λ) CE(y, l_G + l_P) + λ CE(y, l_P)
     fused, alone = (F.cross_entropy(logits, labels) for logits in (final_logits, private_logits))
     return (1 - lam) * fused + lam * alone
@@ -417,6 +457,7 @@ def fedavg(states, weights):
 
     states: dicts name -> tensor with the same names and shapes; weights: one number >= 0 each.
     """
+    # Only what is trained is sent and averaged; frozen CLIP is the same everywhere.
     # Eq. (E5): φ_g = Σ_k (n_k / Σ_j n_j) φ_g^k
     total = sum(weights)
     return {name: sum(w / total * state[name] for state, w in zip(states, weights, strict=True))
@@ -427,74 +468,125 @@ def fedavg(states, weights):
 # Train and evaluate
 # ================================================================================================
 
+# ------------------------------------------------------------------------------------------------
+# What the authors' code does instead of the paper. `--recipe official` asks for it, the functions
+# below answer, each at the one place that needs it. (DEVIATION 3, how CIFAR's pixels are prepared,
+# is data.official_cifar_transform; build_federation asks for it.)
+# ------------------------------------------------------------------------------------------------
+
+OFFICIAL = {"lam": .99}  # DEVIATION 4: λ of E7; the paper has 0.9
+
+
+def private_weight(args):
+    """λ of E7, the weight of the private logits alone."""
+    # DEVIATION 4: the authors train the private adapter by the fused term only, i.e. λ = 0.
+    return 0.0 if args.recipe == "official" and args.peft == "adapter" else args.lam
+
+
+def client_order(args, drawn):
+    """The clients of a round in the order in which they take their turns."""
+    # DEVIATION 1: where momentum goes from one to the next, the order of the draw matters.
+    return list(drawn) if args.recipe == "official" else sorted(drawn)
+
+
+def carried_momentum(args, state):
+    """The optimiser state that a client starts stage 1 with; None for a fresh optimiser."""
+    # DEVIATION 1: one optimiser for all clients and rounds. A client's first steps then still go
+    # where the client before it was going.
+    return state["momentum"] if args.recipe == "official" else None
+
+
+def alignment_loss(args):
+    """What g_align is the gradient of: a function of z and f, or None (--align none)."""
+    if args.recipe == "official" and args.peft == "adapter" and args.align != "none":
+        return official_adapter_loss  # DEVIATION 7
+    return {"tkl": tkl_loss, "kl": kl_loss, "none": None}[args.align]
+
+
+def official_adapter_loss(zero_shot_logits, tuned_logits):
+    """KL(softmax(z) ‖ softmax(f)) through log_softmax, mean over the batch. -> scalar."""
+    return F.kl_div(tuned_logits.log_softmax(-1), zero_shot_logits.softmax(-1).detach(),
+                    reduction="batchmean")
+
+
+def classes_that_count(args, accuracy):
+    """Those of some classes' accuracies that enter Many, Med or Few. (n,) -> (m,)."""
+    accuracy = accuracy[~accuracy.isnan()]  # classes without test samples have none
+    # DEVIATION 2: the authors' dictionary only has classes with a hit.
+    return accuracy[accuracy > 0] if args.recipe == "official" else accuracy
+
+
+# ------------------------------------------------------------------------------------------------
+# What clients read
+# ------------------------------------------------------------------------------------------------
+
 
 class Federation:
-    """The fixed part of a run: the student, its inputs, the labels and who holds what.
+    """The fixed part of a run: frozen CLIP and the student, the images, and who holds what.
 
-    Samples are numbered over one pool, long-tailed training images first, then all test images.
+    inputs: data.FederatedImages (or what has its attributes); student: TunedCLIP; text: the
+    teacher's (C, E) normalised text features. Images have numbers in one pool of N: the long-tailed
+    training images come first, then all test images.
     """
 
-    def __init__(self, clip, student, pool, features, text, labels, clients, test, groups, args,
-                 class_names=None):
-        self.clip, self.student, self.pool = clip, student, pool
-        self.features, self.text = features, text  # zero-shot: (N, E) of the pool, (C, E)
-        self.labels = labels  # (N,) over the pool
-        self.clients = clients  # K pairs (train, test) of index tensors into the pool
-        self.test = test  # index tensor of the whole test set: a contiguous range
-        self.groups, self.args, self.class_names = groups, args, class_names
+    def __init__(self, inputs, student, text, args):
+        self.clip, self.pool, self.student, self.args = inputs.clip, inputs.pool, student, args
+        self.features, self.text = inputs.features, text  # (N, E) not normalised, (C, E)
+        self.labels = inputs.labels  # (N,)
+        self.clients = inputs.clients  # K pairs (train, test) of numbers
+        self.test = inputs.test  # the numbers of all test images, one after the other
+        self.groups, self.class_names = inputs.groups, inputs.class_names
         self.num_classes = len(text)
-        self.personal_logits = {}  # client -> (its private parameters, their logits on its tests)
-        train = torch.cat([c[0] for c in clients])
-        self.class_counts = torch.bincount(labels[train], minlength=self.num_classes)
-
-    def read(self, batches, teacher=True):
-        """For each of `batches`: what the student reads (B, ...), zero-shot image features (B, E).
-
-        The features were encoded once; augmented images are encoded as they come (without `teacher`
-        not for LoRA, which needs a pass of their own for them).
-        """
-        lists, seeds = [indices for _, indices, _ in batches], [s for _, _, s in batches]
-        lora, augmented = self.student.kind == "lora", bool(seeds) and seeds[0] is not None
-        pixels = self.pool.batches(lists, seeds if augmented else None)  # read when asked for
-        for indices in lists:
-            images = next(pixels) if lora or augmented else None
-            features = None if augmented else self.features[indices]
-            if augmented and (teacher or not lora):
-                with torch.no_grad():
-                    features = self.clip.encode_image(images)
-            yield (images if lora else features), features
+        train = torch.cat([c[0] for c in self.clients])
+        self.class_counts = torch.bincount(self.labels[train], minlength=self.num_classes)  # (C,)
+        self.known_private = {}  # client -> (φ_k, l_P of its test images), see private_logits
 
     def zero_shot_logits(self, features):
-        """(B, E) image features -> (B, C)."""
+        """z, the logits of CLIP as it was before any tuning. (B, E) image features -> (B, C)."""
         return self.student.scale * F.normalize(features, dim=-1) @ self.text.T
 
     @torch.no_grad()
-    def logits(self, params, indices, run=None):
-        """Logits (len(indices), C) of the student with `params`, without dropout.
+    def forward(self, params, inputs):
+        """Logits (B, C) of the student with `params`, which get no gradient."""
+        return functional_call(self.student, params, (inputs,))
 
-        LoRA passes images through the tower in chunks, which `run` spreads over processes.
+    def logits(self, params, indices, run=None):
+        """Logits (n, C) of the student with `params` on the images numbered `indices` (n,).
+
+        Without augmentation and dropout. run: spread LoRA's image passes over its processes.
         """
+        # Prompt and adapter stand outside the image tower, which is frozen: what it makes of an
+        # image is known since the start of the run. The same as encoding all n images here.
         if self.student.kind != "lora":
-            return functional_call(self.student, params, (self.features[indices],))
+            return self.forward(params, self.features[indices])
+        # LoRA changes the tower, so every image goes through it, 64 at a time.
         chunks = indices.split(64)
         mine = run.share(range(len(chunks))) if run else range(len(chunks))
         pixels = self.pool.batches([chunks[i] for i in mine])
-        parts = {i: functional_call(self.student, params, (x,))
-                 for i, x in zip(mine, pixels, strict=True)}
+        parts = {i: self.forward(params, x) for i, x in zip(mine, pixels, strict=True)}  # (64, C)
         parts = run.gather(parts) if run else parts
         return torch.cat([parts[i].to(self.labels.device) for i in range(len(chunks))])
 
-    def batches(self, client, *purpose):
-        """One epoch of a client: a list of (positions in its list, pool indices, seeds).
+    def private_logits(self, client, params):
+        """l_P (n, C) of a client's private parameters on its own test images."""
+        # The same as self.logits(params, its test images) in each evaluation. But only the clients
+        # of a round get new private parameters; the logits of the others are as they were.
+        if self.known_private.get(client, (None,))[0] is not params:
+            self.known_private[client] = params, self.logits(params, self.clients[client][1])
+        return self.known_private[client][1]
 
-        The last partial batch is dropped if the client has at least one full batch. The seeds are
-        of the augmentation, None without it.
+    def batches(self, client, stage, round_):
+        """The steps of a client's epoch: a list of (positions in its list, numbers, seeds).
+
+        The seeds are of the augmentation, None without it. Also seeds what dropout draws from.
         """
         train, size, found = self.clients[client][0], self.args.batch, []
-        generator = common.torch_generator(self.args.seed, "batches", *purpose, client)
-        common.seed_torch(self.args.seed, "noise", *purpose, client)
+        # Drawn from (seed, stage, round, client): the same in whatever process, after whatever.
+        generator = common.torch_generator(self.args.seed, "batches", stage, round_, client)
+        common.seed_torch(self.args.seed, "noise", stage, round_, client)
         for _ in range(self.args.local_epochs):
             order = torch.randperm(len(train), generator=generator)
+            # As the authors: what does not fill a batch is left out, unless it is all there is.
             for start in range(0, max(len(order) - size, 0) + 1, size):
                 here, seeds = order[start:start + size], None
                 if self.args.augment:
@@ -502,117 +594,210 @@ class Federation:
                 found.append((here, train[here], seeds))
         return found
 
+    def epoch(self, client, stage, round_, teacher=False, aggregate=None):
+        """One local epoch of a client: yields (inputs, labels (B,), frozen logits (B, C)) per step.
+
+        inputs: what the student reads, image features (B, E), or pixels (B, 3, H, W) for LoRA.
+        Frozen logits are what a model that is not being tuned says of the same images: zero-shot
+        CLIP with `teacher`, the student with the parameters `aggregate`, or None without either.
+        """
+        # The plain version, at every step: read the images, augment them, encode them for the
+        # student, and encode them once more for the frozen model. What follows is the same, but
+        # without augmentation an image is the same picture at every step. Its feature was computed
+        # before the run (self.features), and a frozen model says of it what it said before: l_G is
+        # computed once for all images of the client. With augmentation each picture is new and is
+        # encoded here, once for the student and the frozen model together.
+        lora, augment = self.student.kind == "lora", self.args.augment
+        l_G = None
+        if aggregate is not None and not augment:
+            l_G = self.logits(aggregate, self.clients[client][0])  # (n_k, C)
+        batches = self.batches(client, stage, round_)
+        pixels = self.pool.batches([numbers for _, numbers, _ in batches],
+                                   [seeds for _, _, seeds in batches] if augment else None)
+        for here, numbers, _ in batches:
+            images = next(pixels) if lora or augment else None  # (B, 3, H, W)
+            if not augment:
+                features = self.features[numbers]  # (B, E)
+            elif lora and not teacher:
+                features = None  # LoRA reads pixels: CLIP's own features are the teacher's affair
+            else:
+                with torch.no_grad():
+                    features = self.clip.encode_image(images)  # (B, E)
+            inputs, frozen = images if lora else features, None
+            if teacher:
+                frozen = self.zero_shot_logits(features)  # z
+            elif aggregate is not None:
+                frozen = self.forward(aggregate, inputs) if augment else l_G[here]
+            # Dropout (LoRA has one) is for the model that is tuned, and it is tuned while the
+            # caller holds this step. A frozen model always answers without.
+            self.student.dropout(True)
+            yield inputs, self.labels[numbers], frozen
+            self.student.dropout(False)
+
+
+def build_federation(args, run):
+    """Images, clients and CLIP (all of data.py), and the student of a run -> Federation."""
+    # DEVIATION 5: every draw in there follows --seed.
+    # DEVIATION 8: CLIP, and so all that is computed from it, is float32.
+    # UNSPECIFIED 5: which splits are read, and the captions, are listed beside the data sets.
+    inputs = data.load_federation(
+        args, run, official_cifar=args.recipe == "official")  # DEVIATION 3
+    # The teacher reads the caption that suits the data set. With LoRA and the adapter the student
+    # reads "a photo of a {}." whatever the set, as in the authors' code; the tiny model has never
+    # seen any but the set's own. With the prompt the student's texts are learned.
+    text = inputs.text(inputs.template)  # (C, E)
+    plain_text = args.peft in ("lora", "adapter") and args.model != "tiny"
+    prompts = None
+    if args.peft == "prompt":
+        context = " ".join(["X"] * args.n_ctx)
+        prompts = inputs.tokenizer([f"{context} {name}." for name in inputs.class_names])
+        prompts = prompts.to(run.device)  # (C, L)
+    student = TunedCLIP(
+        inputs.clip, args.peft, inputs.text(data.PHOTO) if plain_text else text, prompts,
+        args.n_ctx, args.rank, dropout=args.lora_dropout).to(run.device)
+    return Federation(inputs, student, text, args)
+
+
+# ------------------------------------------------------------------------------------------------
+# The algorithm: two stages on a client, and the rounds around them
+# ------------------------------------------------------------------------------------------------
+
+
+def fresh_state(world, method):
+    """Where a method starts: separate draws for the global and the private parameters."""
+    # The seeds do not depend on the method: all methods start from the same draws. Every client's
+    # private parameters start from one draw, `base`, as in the authors' code.
+    seed = world.args.seed
+    common.seed_torch(seed, "init", "global")
+    start = world.student.draw()
+    common.seed_torch(seed, "init", "private")
+    return {"method": method, "round": 0, "global": start, "base": world.student.draw(),
+            "private": {}, "momentum": None, "history": []}
+
+
+def task_gradient(world, method, f, labels, params, start, keep_graph):
+    """g_task, what the labels ask of each trained tensor -> (loss, list of tensors).
+
+    f: (B, C) logits of the student with `params`; start: the aggregate that the epoch began with.
+    This is the one place where the methods that tune a shared model differ in what they learn.
+    """
+    if method == "logit-adjust":
+        # UNSPECIFIED 4: log of the class prior is added while training (Menon et al.): a frequent
+        # class gets its head start for free, and the model need not learn it.
+        prior = (world.class_counts + 1) / (world.class_counts + 1).sum()  # (C,)
+        f = f + prior.log()
+    loss = F.cross_entropy(f, labels)
+    grads = torch.autograd.grad(loss, list(params.values()), retain_graph=keep_graph)
+    if method == "fedprox":
+        # UNSPECIFIED 4: the gradient of μ/2 ‖φ - φ_g‖², which keeps clients near the aggregate.
+        grads = [g + world.args.prox_mu * (params[n] - start[n]).detach()
+                 for g, n in zip(grads, params, strict=True)]
+    return loss, grads
+
 
 def tune_shared(world, start, client, method, round_, momentum=None):
-    """Stage 1: one local epoch of a client from the aggregate -> (parameters, momentum buffers).
-
-    fedpurel purifies the gradient; fedprox pulls towards the aggregate; logit-adjust shifts the
-    logits.
-    """
-    args, student = world.args, world.student
+    """Stage 1: one local epoch of a client from the aggregate -> (parameters, optimiser state)."""
+    # The client starts from the shared parameters φ_g and makes one pass over its own, long-tailed
+    # images. FedPuReL takes two gradients at every step:
+    #   g_task   what the labels ask for. Frequent classes ask more often: this erodes the tail.
+    #   g_align  what would bring the model back to z, CLIP's own and balanced opinion of the very
+    #            same images.
+    # The baselines that share this loop have g_task only (see task_gradient).
+    args = world.args
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
-    optimizer = torch.optim.SGD(params.values(), args.lr, args.momentum,
-                                weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(params.values(), args.lr, momentum=.9, weight_decay=5e-4)
     if momentum is not None:
         optimizer.load_state_dict(momentum)
-    align = {"tkl": tkl_loss, "kl": kl_loss, "none": None}[args.align]
-    if align is not None and args.recipe == "official" and args.peft == "adapter":
-        align = official_adapter_loss  # DEVIATION 7
-    if method != "fedpurel":
-        align = None
-    prior = ((world.class_counts + 1) / (world.class_counts + 1).sum()).log()  # UNSPECIFIED 4
-    student.dropout(True)
-    batches = world.batches(client, "shared", round_)
-    reader = world.read(batches, teacher=align is not None)
-    for (_, indices, _), (inputs, features) in zip(batches, reader, strict=True):
-        labels = world.labels[indices]
-        f = functional_call(student, params, (inputs,))  # (B, C)
-        shift = args.logit_tau * prior if method == "logit-adjust" else 0
-        loss = F.cross_entropy(f + shift, labels)
-        grads = torch.autograd.grad(loss, list(params.values()), retain_graph=align is not None)
-        if align is not None:
-            z = world.zero_shot_logits(features)
-            align_grads = torch.autograd.grad(align(z, f), list(params.values()))
-            # Eq. (E4), for every tensor by itself
-            grads = [purify_gradient(task_grad, align_grad, args.strength)
-                     for task_grad, align_grad in zip(grads, align_grads, strict=True)]
-        if method == "fedprox":  # UNSPECIFIED 4
-            pull = [args.prox_mu * (params[n] - start[n]).detach() for n in params]
-            grads = [g + p for g, p in zip(grads, pull, strict=True)]
+    align = alignment_loss(args) if method == "fedpurel" else None
+    purify = align is not None
+    for inputs, labels, z in world.epoch(client, "shared", round_, teacher=purify):
+        f = functional_call(world.student, params, (inputs,))  # (B, C)
+        # Both gradients come from this one forward pass, so its graph is kept for the second.
+        loss, grads = task_gradient(world, method, f, labels, params, start, keep_graph=purify)
+        if purify:
+            g_align = torch.autograd.grad(align(z, f), list(params.values()))
+            # Eq. (E4), for every tensor by itself, as in the authors' code: over all at once, a
+            # large tensor that agrees would hide a small one that does not.
+            grads = [purify_gradient(g_task, g, args.strength)
+                     for g_task, g in zip(grads, g_align, strict=True)]
+        # Purified first, then SGD: momentum and weight decay are added to the purified gradient.
         for p, g in zip(params.values(), grads, strict=True):
             p.grad = g.detach()
         optimizer.step()
-    student.dropout(False)
     common.check_finite(loss, f"{method}: the loss of client {client} in round {round_}")
     return {n: p.detach() for n, p in params.items()}, optimizer.state_dict()
 
 
 def tune_private(world, start, global_params, client, round_):
-    """Stage 2: plain SGD on the private parameters over the frozen fresh aggregate (E6, E7)."""
-    args, student = world.args, world.student
+    """Stage 2: one epoch on the private parameters over the frozen, fresh aggregate -> φ_k."""
+    # l_G is this round's aggregate, purified and balanced; nothing here changes it. The private
+    # branch, of the same form, learns what has to be added for this client: a residual in logit
+    # space. To mix the parameters of both instead would pass the bias of one on to the other.
+    # Plain SGD, without momentum or decay.
+    args = world.args
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
     optimizer = torch.optim.SGD(params.values(), args.private_lr)
-    lam = 0.0 if args.recipe == "official" and args.peft == "adapter" else args.lam  # DEVIATION 4
-    residual = not args.no_residual
-    if residual and not args.augment:
-        frozen = world.logits(global_params, world.clients[client][0])  # l_G once for every sample
-    student.dropout(True)
-    batches = world.batches(client, "private", round_)
-    reader = world.read(batches, teacher=False)
-    for (here, indices, _), (inputs, _) in zip(batches, reader, strict=True):
-        labels = world.labels[indices]
-        if not residual:  # UNSPECIFIED 3
-            loss = F.cross_entropy(functional_call(student, params, (inputs,)), labels)
+    aggregate = None if args.no_residual else global_params
+    for inputs, labels, l_G in world.epoch(client, "private", round_, aggregate=aggregate):
+        l_P = functional_call(world.student, params, (inputs,))  # (B, C)
+        if args.no_residual:
+            # UNSPECIFIED 3: the private branch learns, and later answers, all alone.
+            loss = F.cross_entropy(l_P, labels)
         else:
-            if args.augment:
-                student.dropout(False)
-                with torch.no_grad():
-                    global_logits = functional_call(student, global_params, (inputs,))
-                student.dropout(True)
-            else:
-                global_logits = frozen[here]
-            private_logits = functional_call(student, params, (inputs,))
-            loss = residual_loss(global_logits, private_logits, labels, lam)
+            # Eq. (E7), with l_final of (E6)
+            loss = residual_loss(l_G, l_P, labels, private_weight(args))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    student.dropout(False)
     common.check_finite(loss, f"the private loss of client {client} in round {round_}")
     return {n: p.detach() for n, p in params.items()}
 
 
-def train_method(world, run, method, state, save):
-    """All rounds of one method, from `state` on; calls save(state) after each.
+def own_parameters(state, client):
+    """φ_k where client k left it; the base draw the first time."""
+    return state["private"].get(client, state["base"])
 
-    state: {"round", "global", "private", "momentum", "history"}; returns its history.
+
+def train_method(world, run, method, state, save):
+    """The algorithm box: all rounds of one method, from `state` on; save(state) after each.
+
+    state: as fresh_state makes it; returns its history, one entry for each evaluation.
     """
     args, num_clients = world.args, len(world.clients)
     rounds = range(state["round"], args.rounds)
     for round_ in run.progress(rounds, method, initial=rounds.start, total=args.rounds):
-        # Round 0 takes all clients, later rounds max(⌊frac · K⌋, 1) without replacement.
+        # S_t, the clients of this round. In round 0 all of them, so that each has a private branch
+        # from then on; later max(⌊frac · K⌋, 1), drawn without replacement.
         rng = common.numpy_generator(args.seed, "clients", round_)
         some = rng.choice(num_clients, max(int(args.frac * num_clients), 1), replace=False)
-        chosen = list(range(num_clients)) if round_ == 0 else some.tolist()
-        if args.recipe != "official":  # there momentum leaks in the order of the draw: DEVIATION 1
-            chosen.sort()
+        chosen = client_order(args, range(num_clients) if round_ == 0 else some.tolist())
+        # Under torchrun each process tunes its share of them, and gather() brings together what
+        # all processes found. In one process, mine = chosen.
         mine = run.share(chosen)
+
         if method == "local":
-            starts = {k: state["private"].get(k, state["base"]) for k in mine}
-            private = {k: tune_shared(world, starts[k], k, method, round_)[0] for k in mine}
-            state["private"].update(common.to_device(run.gather(private), run.device))
+            # No federation: every client goes on with its own parameters.
+            private = {k: tune_shared(world, own_parameters(state, k), k, method, round_)[0]
+                       for k in mine}
         else:
+            # Stage 1: from the aggregate φ_g, each client makes its own φ_g^k ...
             shared = {}
             for k in mine:
-                leak = state["momentum"] if args.recipe == "official" else None  # DEVIATION 1
                 shared[k], state["momentum"] = tune_shared(
-                    world, state["global"], k, method, round_, leak)
+                    world, state["global"], k, method, round_, carried_momentum(args, state))
             shared = common.to_device(run.gather(shared), run.device)
-            sizes = [len(world.clients[k][0]) for k in chosen]  # n_k
+            # ... and the server averages them. Eq. (E5), with n_k the client's training images.
+            # Always in the order of `chosen`: sums of floats depend on it.
+            sizes = [len(world.clients[k][0]) for k in chosen]
             state["global"] = fedavg([shared[k] for k in chosen], sizes)
         if method == "fedpurel":
-            starts = {k: state["private"].get(k, state["base"]) for k in mine}
-            private = {k: tune_private(world, starts[k], state["global"], k, round_) for k in mine}
+            # Stage 2: over the aggregate they have just made, the same clients go on with their
+            # private parameters φ_k, which never leave them.
+            private = {k: tune_private(world, own_parameters(state, k), state["global"], k, round_)
+                       for k in mine}
+        if method in ("local", "fedpurel"):
             state["private"].update(common.to_device(run.gather(private), run.device))
+
         state["round"] = round_ + 1
         if state["round"] % args.eval_every == 0 or state["round"] == args.rounds:
             found = evaluate(world, run, method, state)
@@ -624,22 +809,29 @@ def train_method(world, run, method, state, save):
     return state["history"]
 
 
+# ------------------------------------------------------------------------------------------------
+# What is measured
+# ------------------------------------------------------------------------------------------------
+
+
 def evaluate(world, run, method, state):
-    """Global model on the whole test set, personal models on each client's own test part.
+    """Global model on the whole test set (GM), personal models on each client's own part (PM).
 
     -> {"gm": scores or None, "pm": scores, "class_accuracy": (C,) list or None}
     """
+    # The test set is balanced, so GM shows whether the tail survived. A client's part is as skewed
+    # as its training images, so PM shows what personalisation is worth to it.
     global_logits = None
     if method == "zeroshot":
-        global_logits = world.zero_shot_logits(world.features[world.test])
+        global_logits = world.zero_shot_logits(world.features[world.test])  # (N_test, C)
     elif method != "local":
-        global_logits = world.logits(state["global"], world.test, run)  # (N_test, C)
-    mine = run.share(range(len(world.clients)))
-    personal = run.gather({k: predict_personal(world, method, state, k, global_logits)
-                           for k in mine})
-    labels = [world.labels[test].cpu() for _, test in world.clients]
-    pm = personal_scores(world, [personal[k].cpu() for k in range(len(world.clients))], labels)
-    if global_logits is None:
+        global_logits = world.logits(state["global"], world.test, run)
+    clients = range(len(world.clients))
+    guesses = run.gather({k: predict_personal(world, method, state, k, global_logits)
+                          for k in run.share(clients)})
+    pm = personal_scores(world, [guesses[k].cpu() for k in clients],
+                         [world.labels[test].cpu() for _, test in world.clients])
+    if global_logits is None:  # nothing is shared: there is no global model
         return {"gm": None, "pm": pm, "class_accuracy": None}
     truth, guess = world.labels[world.test].cpu(), global_logits.argmax(-1).cpu()
     accuracy = common.per_class_accuracy(guess, truth, world.num_classes).tolist()
@@ -647,58 +839,56 @@ def evaluate(world, run, method, state):
             "class_accuracy": [None if math.isnan(a) else a for a in accuracy]}
 
 
-def scores(world, guess, truth):
-    """Percentages of one model on one test set: all, many, med, few, f1, balancedness."""
-    accuracy = common.per_class_accuracy(guess, truth, world.num_classes)
-    return {"all": 100 * (guess == truth).double().mean().item(), **group_means(world, accuracy),
-            "f1": 100 * common.macro_f1(guess, truth, world.num_classes),
-            "balancedness": 100 * common.balancedness(accuracy, world.args.sigma)}  # UNSPECIFIED 1
-
-
 def predict_personal(world, method, state, client, global_logits):
-    """Predicted classes (n,) of a client's personal model on its own test samples.
+    """The classes (n,) that a client's personal model says of its own n test images.
 
-    global_logits (N_test, C): the global model's on the whole test set, not computed again here.
+    global_logits (N_test, C): the global model's on the whole test set, None where there is none.
     """
-    test = world.clients[client][1]
-    mine = None if global_logits is None else global_logits[test - world.test[0]]
+    # The plain version sends the client's n images through the global model, too. But they are part
+    # of the whole test set, which that model has just been through: l_G is n rows of what it said.
+    # The test images stand at the end of the pool, so their rows are their numbers less the first.
+    test = world.clients[client][1]  # (n,)
+    l_G = None if global_logits is None else global_logits[test - world.test[0]]  # (n, C)
     if method == "fedpurel":
-        params = state["private"][client]
-        if world.personal_logits.get(client, (None,))[0] is not params:  # not since its last round
-            world.personal_logits[client] = params, world.logits(params, test)
-        private_logits = world.personal_logits[client][1]
+        l_P = world.private_logits(client, state["private"][client])  # (n, C)
+        if world.args.no_residual:
+            return l_P.argmax(-1)  # UNSPECIFIED 3
         # Eq. (E6): l_final = l_G + l_P
-        return (private_logits if world.args.no_residual else mine + private_logits).argmax(-1)
+        return (l_G + l_P).argmax(-1)
     if method == "local":
         return world.logits(state["private"][client], test).argmax(-1)
-    if method == "fedavg-ft":  # the aggregate after one local epoch
+    if method == "fedavg-ft":
+        # The client tunes the aggregate for one epoch of its own, and throws the result away.
         tuned, _ = tune_shared(world, state["global"], client, method,
                                f"fine-tune {state['round']}")
         return world.logits(tuned, test).argmax(-1)
-    return mine.argmax(-1)
+    return l_G.argmax(-1)  # the others have no personal models: every client uses the global one
 
 
-def group_means(world, class_accuracy):
-    """Mean accuracy in percent of many, med and few; None for a group without test samples."""
-    means = {}
-    for name, members in world.groups.items():
-        a = class_accuracy[torch.as_tensor(members, dtype=torch.long)]
-        a = a[~a.isnan()]
-        if world.args.recipe == "official":
-            a = a[a > 0]  # DEVIATION 2: what the authors' dictionary of hits amounts to
-        means[name] = 100 * a.mean().item() if len(a) else None
-    return means
+def scores(world, guess, truth):
+    """Percentages of one model on one test set: all, many, med, few, f1, balancedness. (n,) both.
+
+    A group without test images has None.
+    """
+    accuracy = common.per_class_accuracy(guess, truth, world.num_classes)  # (C,)
+    found = {"all": 100 * (guess == truth).double().mean().item()}
+    for name, members in world.groups.items():  # many, med, few
+        a = classes_that_count(world.args, accuracy[torch.as_tensor(members, dtype=torch.long)])
+        found[name] = 100 * a.mean().item() if len(a) else None
+    # UNSPECIFIED 1: balancedness by Kang et al.: how alike the classes' accuracies are.
+    return {**found, "f1": 100 * common.macro_f1(guess, truth, world.num_classes),
+            "balancedness": 100 * common.balancedness(accuracy)}
 
 
 def personal_scores(world, guesses, labels):
-    """Unweighted means over clients of accuracy and group means; F1 and balancedness likewise."""
+    """Unweighted means of `scores` over clients. guesses, labels: K tensors (n,) each."""
     rows = [scores(world, guess, truth) for guess, truth in zip(guesses, labels, strict=True)]
-    # UNSPECIFIED 2: a client without test samples of a group does not enter that group's mean
+    # UNSPECIFIED 2: a client without test images of a group does not enter that group's mean.
     return {key: mean([row[key] for row in rows]) for key in rows[0]}
 
 
 def mean(values):
-    """The mean of those values that are not None; None if all are."""
+    """The mean of those of a list of numbers that are not None; None if all are."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
 
@@ -708,12 +898,9 @@ def summarise(history):
     out = {}
     for part in ("gm", "pm"):
         rows = [h[part] for h in history if h[part]]
-        if rows:
-            tail = rows[-10:]
-            out[part] = {"best": max(rows, key=lambda r: r["all"]), "last": rows[-1],
-                         "mean10": {k: mean([r[k] for r in tail]) for k in rows[0]}}
-        else:
-            out[part] = None
+        out[part] = {
+            "best": max(rows, key=lambda r: r["all"]), "last": rows[-1],
+            "mean10": {k: mean([r[k] for r in rows[-10:]]) for k in rows[0]}} if rows else None
     tail = [h["class_accuracy"] for h in history if h["class_accuracy"]][-10:]
     out["class_accuracy"] = [mean(column) for column in zip(*tail, strict=True)] or None
     return out
@@ -727,305 +914,83 @@ def summarise(history):
 def build_parser():
     """All flags, in the groups run, data, model, method."""
     real = ", ".join(f"{n}-lt" for n in data.IMAGE_SETS if n != "shapes")
+    augmented = ", ".join(f"{n}-lt" for n in data.AUGMENTED_SETS)
     parser = common.Parser(__doc__)
     common.add_run_arguments(parser)
-    number = common.number
-    g = parser.add_argument_group("data")
-    g.add_argument(
-        "--dataset", default="shapes-lt", help=f"shapes-lt (the small world, default), {real}, or "
+    add = parser.group("data")
+    add("--dataset", str, "shapes-lt", f"shapes-lt (the small world, default), {real}, or "
         "folder:PATH with train/<class>/* and test/<class>/*")
-    g.add_argument("--imbalance", type=number(float, low=1), default=100.0,
-                   help="most over least frequent class (paper: 10, 50, 100; default %(default)g)")
-    g.add_argument("--n-max", type=number(int, low=1), default=None,
-                   help="training images of the most frequent class (default: all it has)")
-    g.add_argument(
-        "--class-order", choices=["dataset", "random"], default=None,
-        help="which class is frequent: the data set's order (paper; default) or drawn from the "
-        "seed (default for folders)")
-    g.add_argument(
-        "--groups", default=None,
-        help="HIGH,LOW: many > HIGH >= med > LOW >= few training images, or "
-        "'thirds' of the classes (default 100,20; thirds under 30 classes; 40,8 in the small world)"
-    )
-    g.add_argument("--clients", type=number(int, low=2), default=20, help="K (paper %(default)s)")
-    g.add_argument(
-        "--beta", type=number(float, above=0), default=None,
-        help="Dirichlet concentration over clients, smaller = more skewed (paper 0.1-5, default 1; "
-        "small worlds 0.3)")
-    g.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None,
-                   help="random resized crop and flip; then each step needs an image pass "
-                   "(default: as the authors' code, on for "
-                   f"{', '.join(f'{n}-lt' for n in data.AUGMENTED_SETS)}, else off)")
-    g.add_argument(
-        "--pretrain-share", type=number(float, above=0, high=.95), default=.5,
-        help="with --model tiny: share of the folder's training images that pre-trains the model "
-        "and is never federated (default %(default)s)")
-    g.add_argument("--workers", type=number(int, low=0), default=0,
-                   help="processes that read images")
-    g = parser.add_argument_group("model")
-    g.add_argument(
-        "--model", default=None, help="open_clip NAME:PRETRAINED, NAME:random, or tiny (default "
+    add("--imbalance", float, 100.0, "most over least frequent class (paper: 10, 50, 100)", low=1)
+    add("--n-max", int, None, "images of the most frequent class (default: all it has)", low=1)
+    add("--class-order", ["dataset", "random"], None, "which class is frequent: the set's order "
+        "(paper; default) or drawn from the seed (default for folders)")
+    add("--groups", str, None, "HIGH,LOW: many > HIGH >= med > LOW >= few training images, or "
+        "thirds of the classes (default 100,20; thirds under 30 classes; small world 40,8)")
+    add("--clients", int, 20, "K (paper 20)", low=2)
+    add("--beta", float, None, "Dirichlet concentration over clients, smaller = more skewed (paper "
+        "0.1 to 5, default 1; with --model tiny 0.3)", above=0)
+    add("--augment", bool, None, f"random crop and flip (default: as the authors, {augmented})")
+    add("--pretrain-share", float, .5, "of a folder's training images: pre-trains --model tiny, "
+        "and is never federated", above=0, high=.95)
+    add("--workers", int, 0, "processes that read images", low=0)
+    add = parser.group("model")
+    add("--model", str, None, "open_clip NAME:PRETRAINED, NAME:random, or tiny (default "
         "ViT-B-16-quickgelu:openai, the paper's; tiny in the small world)")
-    g.add_argument("--weights", type=Path, default=None, help="a local checkpoint of --model NAME")
-    g.add_argument("--peft", choices=["prompt", "lora", "adapter"], default=None,
-                   help="what is tuned: CoOp context (paper; default), LoRA in the vision tower, a "
-                   "feature adapter (default in the small world, where it shows most)")
-    g.add_argument("--n-ctx", type=number(int, low=1), default=4,
-                   help="context vectors (paper %(default)s)")
-    g.add_argument("--rank", type=number(int, low=1), default=8,
-                   help="LoRA rank (official code %(default)s)")
-    g.add_argument("--lora-alpha", type=number(float, above=0), default=16.0,
-                   help="LoRA scale α/√r (official code %(default)s)")
-    g.add_argument("--lora-dropout", type=number(float, low=0, high=.99), default=.25,
-                   help="dropout on the LoRA branch (official code %(default)s)")
-    g = parser.add_argument_group("method")
-    g.add_argument(
-        "--method", default=None, help=f"comma-separated list of {', '.join(METHODS)}, or all "
-        "(default fedpurel; zeroshot,fedavg,fedpurel in the small world)")
-    g.add_argument(
-        "--recipe", choices=["paper", "official"], default="paper",
-        help="official follows the authors' code where it leaves the paper (DEVIATION 1-4, "
-        "7)")
-    g.add_argument("--align", choices=["tkl", "kl", "none"], default="tkl",
-                   help="alignment loss of the purification; none = no purification")
-    g.add_argument("--strength", type=number(float, low=0, high=1), default=1.0,
-                   help="λ_p of E4 (paper %(default)s)")
-    g.add_argument("--no-residual", action="store_true",
-                   help="personal model without the global logits")
-    g.add_argument("--lam", type=number(float, low=0, high=1), default=None,
-                   help="λ of E7 (paper 0.9, official code 0.99)")
-    g.add_argument("--rounds", type=number(int, low=1), default=None,
-                   help="paper 100; small worlds 20")
-    g.add_argument("--frac", type=number(float, above=0, high=1), default=.4,
-                   help="share of clients in a round (paper %(default)s)")
-    g.add_argument("--local-epochs", type=number(int, low=1), default=1,
-                   help="per round and stage (paper 1)")
-    g.add_argument("--batch", type=number(int, low=1), default=32, help="paper %(default)s")
-    g.add_argument("--lr", type=number(float, above=0), default=None,
-                   help="stage 1 (paper 1e-3; for --model tiny see SMALL_LR and PHOTO_LR)")
-    g.add_argument("--private-lr", type=number(float, above=0), default=None,
-                   help="stage 2 (paper 1e-3; for --model tiny see SMALL_LR and PHOTO_LR)")
-    g.add_argument("--momentum", type=number(float, low=0, high=.999), default=.9,
-                   help="stage 1 (paper %(default)s)")
-    g.add_argument("--weight-decay", type=number(float, low=0), default=5e-4,
-                   help="stage 1 (paper %(default)s)")
-    g.add_argument("--prox-mu", type=number(float, low=0), default=.01, help="FedProx μ (ours)")
-    g.add_argument("--logit-tau", type=number(float, low=0), default=1.0, help="logit adjustment τ")
-    g.add_argument("--eval-every", type=number(int, low=1), default=1,
-                   help="rounds between evaluations")
-    g.add_argument("--sigma", type=number(float, above=0), default=.1,
-                   help="σ of the balancedness (of 1)")
+    add("--weights", Path, None, "a local checkpoint of --model NAME")
+    add("--peft", ["prompt", "lora", "adapter"], None, "what is tuned: CoOp context (paper; "
+        "default), LoRA in the vision tower, a feature adapter (default in the small world)")
+    add("--n-ctx", int, 4, "context vectors of the prompt (paper 4)", low=1)
+    add("--rank", int, 8, "LoRA rank r (official code 8)", low=1)
+    add("--lora-dropout", float, .25, "of the LoRA branch (official code 0.25)", low=0, high=.99)
+    add_method_flags(parser.group("method"))
     return parser
 
 
+def add_method_flags(add):
+    """What belongs to the method; `add` as Parser.group returns it."""
+    add("--method", str, None, f"comma-separated list of {', '.join(METHODS)}, or all (default "
+        "fedpurel; with --model tiny zeroshot,fedavg,fedpurel)")
+    add("--recipe", ["paper", "official"], "paper", "official follows the authors' code where it "
+        "leaves the paper (DEVIATION 1-4, 7)")
+    add("--align", ["tkl", "kl", "none"], "tkl", "what purification aligns by; none: no purifying")
+    add("--strength", float, 1.0, "λ_p of E4 (paper 1)", low=0, high=1)
+    add("--no-residual", bool, False, "personal model without the global logits")
+    add("--lam", float, None, "λ of E7 (paper 0.9, official code 0.99)", low=0, high=1)
+    add("--rounds", int, None, "paper 100; with --model tiny 20", low=1)
+    add("--frac", float, .4, "share of the clients in a round (paper 0.4)", above=0, high=1)
+    add("--local-epochs", int, 1, "per round and stage (paper 1)", low=1)
+    add("--batch", int, 32, "images a step (paper 32)", low=1)
+    add("--lr", float, None, "stage 1 (paper 1e-3; with --model tiny SMALL_LR, PHOTO_LR)", above=0)
+    add("--private-lr", float, None, "stage 2 (the same)", above=0)
+    add("--prox-mu", float, .01, "μ of FedProx (ours)", low=0)
+    add("--eval-every", int, 1, "rounds between evaluations", low=1)
+
+
 def resolve(args):
-    """Fill in defaults that depend on data set and model; refuse what does not go together."""
-    if args.model is None and args.dataset == "shapes-lt":
-        args.model = "tiny"
-    if args.peft is None:
-        args.peft = "adapter" if args.dataset == "shapes-lt" else "prompt"
-    preset = dict(PAPER)
+    """Fill in the defaults that depend on data set and model; refuse what does not go together."""
+    name = data.image_set_name(args.dataset)
+    small, folder = name == "shapes", name.startswith("folder:")
+    if args.recipe == "official":
+        common.fill_in(args, OFFICIAL)
+    if small:
+        common.fill_in(args, {"model": "tiny", "peft": "adapter"})
+    common.fill_in(args, {"model": "ViT-B-16-quickgelu:openai", "peft": "prompt", "lam": .9,
+                          "class_order": "random" if folder else "dataset",
+                          "augment": name in data.AUGMENTED_SETS})
     if args.model == "tiny":
-        lr, private_lr = (SMALL_LR if args.dataset == "shapes-lt" else PHOTO_LR)[args.peft]
-        preset = {**SMALL, "lr": lr, "private_lr": private_lr}
-        if args.dataset == "shapes-lt":
-            preset["groups"] = "40,8"
-    for key, value in preset.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.lam is None:
-        args.lam = .99 if args.recipe == "official" else .9  # DEVIATION 4
-    names = METHODS if args.method == "all" else args.method.split(",")
-    for name in names:
-        if name not in METHODS:
-            raise common.UserError(
-                f"--method {name!r} is unknown; there are {', '.join(METHODS)} and all")
-    args.method = ",".join(dict.fromkeys(names))
-    folder = args.dataset.startswith("folder:")
-    if not folder and (not args.dataset.endswith("-lt")
-                       or args.dataset[:-3] not in data.IMAGE_SETS):
-        known = ", ".join(f"{n}-lt" for n in data.IMAGE_SETS)
-        raise common.UserError(
-            f"--dataset {args.dataset!r} is unknown; there are {known} and folder:PATH")
-    if args.model == "tiny" and not folder and args.dataset != "shapes-lt":
-        raise common.UserError(
-            "--model tiny is pre-trained on the spot and needs --dataset shapes-lt or folder:PATH")
-    if args.model == "tiny" and args.weights:
-        raise common.UserError("--weights goes with an open_clip --model NAME, not with tiny")
-    if args.class_order is None:
-        args.class_order = "random" if folder else "dataset"
-    if args.augment is None:
-        args.augment = args.dataset.removesuffix("-lt") in data.AUGMENTED_SETS
-    if args.groups not in (None, "thirds"):
-        bounds = args.groups.split(",")
-        numbers = [int(b) for b in bounds if b.strip().isdigit()]
-        if len(bounds) != 2 or len(numbers) != 2 or numbers[0] <= numbers[1]:
-            raise common.UserError(
-                f"--groups {args.groups!r}: expected HIGH,LOW with HIGH > LOW, or thirds")
+        lr, private_lr = (SMALL_LR if small else PHOTO_LR)[args.peft]
+        common.fill_in(args, {**SMALL, "lr": lr, "private_lr": private_lr})
+        if small:
+            common.fill_in(args, {"groups": "40,8"})
+    common.fill_in(args, PAPER)
+    args.method = ",".join(common.choose(args.method, METHODS))
+    data.check_federation(args)
     return args
-
-
-def load_backbone(args, images, pretraining, run):
-    """The CLIP of --model: open_clip's, a checkpoint's, or a tiny one pre-trained here."""
-    with run.rank_zero_first():
-        if args.model != "tiny":
-            backbone = data.open_clip_backbone(args.model, args.weights, args.seed, run.device,
-                                               args.data_dir / "weights")
-        else:
-            config = data.TinyConfig() if args.dataset == "shapes-lt" else data.PHOTO_TINY
-            backbone = data.tiny_backbone(*pretraining, images.class_names, images.template, config,
-                                          args.seed, run.device, args.data_dir / "cache",
-                                          run.progress)
-    if args.recipe == "official" and args.dataset.removesuffix("-lt") in data.CIFAR_STATISTICS:
-        backbone.transform = data.official_cifar_transform(  # DEVIATION 3
-            args.dataset.removesuffix("-lt"), backbone.size)
-    return backbone
-
-
-def check_architecture(clip, peft):
-    """Refuse a tower that the chosen part does not fit, in words."""
-    if peft == "prompt":
-        blocks = getattr(getattr(clip, "transformer", None), "resblocks", [])
-        causal = getattr(clip, "attn_mask", None) is not None
-        causal = causal and getattr(clip, "text_pool_type", "") == "argmax"
-        plain = all(type(b.attn) is nn.MultiheadAttention for b in blocks)
-        if not (causal and len(blocks) and plain):
-            raise common.UserError(
-                "--peft prompt needs CLIP's causal text transformer; try --peft adapter")
-    if peft == "lora":
-        blocks = getattr(getattr(clip.visual, "transformer", None), "resblocks", [])
-        if not len(blocks) or not all(type(b.attn) is nn.MultiheadAttention for b in blocks):
-            raise common.UserError(
-                "--peft lora needs a ViT vision tower of open_clip; try --peft adapter")
-
-
-@torch.no_grad()
-def text_features(clip, tokens):
-    """Normalised text features (C, E); 256 texts at a time."""
-    return torch.cat([F.normalize(clip.encode_text(part), dim=-1) for part in tokens.split(256)])
-
-
-def build_federation(args, run):
-    """Data, clients, CLIP and student of a run -> Federation."""
-    name = args.dataset if args.dataset.startswith("folder:") else args.dataset[:-3]
-    with run.rank_zero_first():  # UNSPECIFIED 5: the splits are listed in data.TORCHVISION_SETS
-        images = data.load_images(name, args.data_dir, args.seed)
-    pretraining = None
-    if args.model == "tiny":
-        if name == "shapes":
-            pretraining = data.shapes_pretraining(args.seed)
-        else:
-            *pretraining, images = data.split_for_pretraining(
-                images, args.pretrain_share, common.numpy_generator(args.seed, "pretrain-share"))
-    classes = images.num_classes
-    chosen = np.arange(len(images.train_labels))
-    if not images.long_tailed:
-        size = np.bincount(images.train_labels, minlength=classes)
-        n_max = args.n_max or int(size.mean() if images.tail_order else size.max())
-        tail = np.array(data.long_tail_counts(n_max, classes, args.imbalance))
-        rank = np.argsort(images.tail_order or range(classes))  # 0: the most frequent class
-        if args.class_order == "random":
-            rank = common.numpy_generator(args.seed, "class-order").permutation(classes)
-        counts = tail[rank]
-        rng = common.numpy_generator(args.seed, "long-tail")  # DEVIATION 5
-        chosen = data.long_tail_indices(images.train_labels, counts, rng)
-    train_labels = images.train_labels[chosen]
-    labels = np.concatenate([train_labels, images.test_labels])
-    rng = common.numpy_generator(args.seed, "partition")
-    first_test = len(train_labels)
-    clients = data.federated_clients(images, train_labels, args.clients, args.beta, rng)
-    rule = args.groups or ("thirds" if classes < 30 else "100,20")
-    groups = data.frequency_groups(np.bincount(train_labels, minlength=classes),
-                                   rule if rule == "thirds" else tuple(map(int, rule.split(","))))
-
-    backbone = load_backbone(args, images, pretraining, run)
-    clip, tokenizer = backbone.clip.requires_grad_(False), backbone.tokenizer
-    check_architecture(clip, args.peft)
-    pool = data.ImagePool(data.Images.concat(images.train.subset(chosen), images.test),
-                          backbone.transform, backbone.random_transform, args.workers, run.device)
-    if args.model == "tiny" or args.peft == "lora":
-        pool.preload()
-    with run.rank_zero_first():
-        features = data.encode_once(clip, pool, run.device, args.data_dir / "cache", run.progress)
-    tokens = {t: tokenizer([t.format(n) for n in images.class_names]).to(run.device)
-              for t in {images.template, data.PHOTO}}
-    text = text_features(clip, tokens[images.template])
-    # LoRA and adapter read "a photo of a {}." whatever the data set; the teacher has the set's own
-    plain_text = args.peft in ("lora", "adapter") and args.model != "tiny"
-    fixed_text = text_features(clip, tokens[data.PHOTO]) if plain_text else text
-    context = " ".join(["X"] * args.n_ctx)
-    prompts = None
-    if args.peft == "prompt":
-        prompts = tokenizer([f"{context} {n}." for n in images.class_names]).to(run.device)
-    student = TunedCLIP(
-        clip, args.peft, fixed_text, prompts, args.n_ctx, args.rank, args.lora_alpha,
-        args.lora_dropout).to(run.device)
-    index = [tuple(torch.as_tensor(part, device=run.device) for part in pair) for pair in clients]
-    test = torch.arange(first_test, len(labels), device=run.device)
-    return Federation(clip, student, pool, features, text,
-                      torch.as_tensor(labels, device=run.device), index, test, groups, args,
-                      images.class_names)
-
-
-def fresh_state(world, method):
-    """Where a method starts: separate draws for the global and the private parameters."""
-    seed = world.args.seed
-    common.seed_torch(seed, "init", "global")
-    start = world.student.draw()
-    common.seed_torch(seed, "init", "private")
-    return {"method": method, "round": 0, "global": start, "base": world.student.draw(),
-            "private": {}, "momentum": None, "history": []}
-
-
-def draw_figure(world, results, path):
-    """Left: each class's accuracy, most frequent first. Right: All, Many, Med, Few of GM and PM."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    shown = [m for m in ("zeroshot", "fedavg", "fedpurel") if m in results] or list(results)[:3]
-    okabe_ito = ["#777777", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2"]
-    colours = dict(zip(METHODS, okabe_ito, strict=True))  # colour-blind safe
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(1.5, 1),
-                                         layout="constrained")
-    order = torch.argsort(world.class_counts.cpu(), descending=True, stable=True)
-    window = max(len(order) // 10, 1)
-    for m in shown:
-        if results[m]["class_accuracy"]:
-            a = 100 * np.array(results[m]["class_accuracy"], dtype=float)[order]  # None -> NaN
-            pad = np.pad(a, (window // 2, (window - 1) // 2), mode="edge")
-            left.plot(a, color=colours[m], lw=.6, alpha=.25)
-            smooth = np.convolve(pad, np.ones(window) / window, "valid")
-            left.plot(smooth, color=colours[m], lw=2, label=LABELS[m])
-    left.set(xlabel="classes, most frequent first", ylabel="accuracy (%)", ylim=(0, 100),
-             title="Global model, each class" + (f" (mean over {window})" if window > 1 else ""))
-    if world.class_names and len(order) <= 20:
-        left.set_xticks(range(len(order)), [world.class_names[c] for c in order], rotation=25)
-    left.legend(frameon=False, loc="lower left")
-    bars = left.twinx()
-    counts = world.class_counts.cpu()[order]
-    bars.fill_between(range(len(order)), counts, step="mid", color="#000000", alpha=.08)
-    bars.set_ylabel("training images (shaded)")
-    names = [(part, key) for part in ("gm", "pm") for key in ("all", "many", "med", "few")]
-    middle = np.array([0, 1, 2, 3, 4.6, 5.6, 6.6, 7.6])
-    for i, m in enumerate(shown):
-        height = [(results[m][part] or {}).get("mean10", {}).get(key) for part, key in names]
-        place = middle + (i - (len(shown) - 1) / 2) * .27
-        right.bar(place, [h or 0 for h in height], .25, color=colours[m], label=LABELS[m])
-    right.set_xticks(middle, ["All", "Many", "Med", "Few"] * 2)
-    right.set(ylabel="accuracy (%)", title="Global model  |  personal models")
-    top = max(1, *(b.get_height() for b in right.patches))
-    right.set_ylim(0, top * 1.08)
-    right.axvline(3.8, color="#000000", lw=.6)
-    name = Path(world.args.dataset.removeprefix("folder:")).name
-    figure.suptitle(f"FedPuReL on {name}, {world.args.peft}, seed {world.args.seed}")
-    common.atomic_write(path, lambda p: figure.savefig(p, dpi=130))
-    plt.close(figure)
 
 
 def main(argv=None):
     """The command: every method of --method in turn, each resumable, then the report."""
     args = resolve(build_parser().parse_args(argv))
-    methods = args.method.split(",")
     title = "fedpurel-" + Path(args.dataset.removeprefix("folder:")).name
     with common.Run(args, title) as run:
         if run.world > 1 and args.recipe == "official":
@@ -1034,7 +999,7 @@ def main(argv=None):
         state = run.load() or {"done": {}, "trained": {}, "current": None}
         run.begin()
         world = build_federation(args, run)
-        for method in methods:
+        for method in args.method.split(","):
             if method in state["done"]:
                 continue
             if method == "zeroshot":
@@ -1076,6 +1041,41 @@ def report(world, run, results):
                gm_all=score(shown, "gm", "mean10", "all"),
                gm_few=score(shown, "gm", "mean10", "few"),
                pm_all=score(shown, "pm", "mean10", "all"), out=run.out_dir)
+
+
+def draw_figure(world, results, path):
+    """Left: each class's accuracy, most frequent first. Right: All, Many, Med, Few of GM and PM."""
+    shown = [m for m in ("zeroshot", "fedavg", "fedpurel") if m in results] or list(results)[:3]
+    order = torch.argsort(world.class_counts.cpu(), descending=True, stable=True)
+    window = max(len(order) // 10, 1)  # thin: each class; thick: the mean over so many neighbours
+    name = Path(world.args.dataset.removeprefix("folder:")).name
+    title = f"FedPuReL on {name}, {world.args.peft}, seed {world.args.seed}"
+    with common.figure(path, title, (12, 4.2), ncols=2, width_ratios=(1.5, 1)) as (_, axes):
+        left, right = axes
+        for m in shown:
+            if results[m]["class_accuracy"]:
+                a = 100 * np.array(results[m]["class_accuracy"], dtype=float)[order]  # None -> NaN
+                pad = np.pad(a, (window // 2, (window - 1) // 2), mode="edge")
+                left.plot(a, color=COLOURS[m], lw=.6, alpha=.25)
+                left.plot(np.convolve(pad, np.ones(window) / window, "valid"), color=COLOURS[m],
+                          lw=2, label=LABELS[m])
+        left.set(xlabel="classes, most frequent first", ylabel="accuracy (%)", ylim=(0, 100),
+                 title="Global model, each class" + f" (mean over {window})" * (window > 1))
+        if world.class_names and len(order) <= 20:
+            left.set_xticks(range(len(order)), [world.class_names[c] for c in order], rotation=25)
+        left.legend(frameon=False, loc="lower left")
+        counts = left.twinx()
+        counts.fill_between(range(len(order)), world.class_counts.cpu()[order], step="mid",
+                            color="#000000", alpha=.08)
+        counts.set_ylabel("training images (shaded)")
+        places = [0, 1, 2, 3, 4.6, 5.6, 6.6, 7.6]
+        common.grouped_bars(right, places, {
+            LABELS[m]: [(results[m][part] or {}).get("mean10", {}).get(key)
+                        for part in ("gm", "pm") for key in ("all", "many", "med", "few")]
+            for m in shown}, {LABELS[m]: COLOURS[m] for m in shown})
+        right.set_xticks(places, ["All", "Many", "Med", "Few"] * 2)
+        right.set(ylabel="accuracy (%)", title="Global model  |  personal models")
+        right.axvline(3.8, color="#000000", lw=.6)
 
 
 if __name__ == "__main__":

@@ -131,11 +131,11 @@ def build_world(clip, kind, batch, augment=False):
     args = fedpurel.resolve(fedpurel.build_parser().parse_args(words + ["--augment"] * augment))
     names = sorted(data.readable(c) for row in data.CIFAR100_COARSE for c in row.split())
     tokenizer = open_clip.get_tokenizer("ViT-B-16-quickgelu")
-    text = fedpurel.text_features(clip, tokenizer([data.PHOTO.format(c) for c in names]))
+    text = data.text_features(clip, tokenizer([data.PHOTO.format(c) for c in names]))
     tokens = tokenizer([f"{' '.join(['X'] * args.n_ctx)} {c}." for c in names])
     student = fedpurel.TunedCLIP(
         clip, kind, text, prompt_tokens=tokens if kind == "prompt" else None, n_ctx=args.n_ctx,
-        rank=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+        rank=args.rank, dropout=args.lora_dropout)
 
     pictures = kind == "lora" or augment
     n_train, n_test = (batch, batch) if pictures else (TRAIN, TEST)
@@ -147,20 +147,19 @@ def build_world(clip, kind, batch, augment=False):
     if kind == "lora":
         pool.preload()
     test = torch.arange(n_train, n)
-    world = fedpurel.Federation(
-        clip=clip, student=student, pool=pool, features=torch.randn(n, text.shape[1]), text=text,
+    inputs = data.FederatedImages(
+        clip=clip, tokenizer=tokenizer, pool=pool, features=torch.randn(n, text.shape[1]),
         labels=torch.randint(len(names), (n,)), clients=[(torch.arange(n_train), test[:OWN_TEST])],
-        test=test, groups={}, args=args)
-    return world, tokens
+        test=test, groups={}, class_names=names, template=data.PHOTO)
+    return fedpurel.Federation(inputs, student, text, args), tokens
 
 
 def shorten(world, steps):
     """The same federation, but its client holds `steps` full batches."""
     train, test = world.clients[0]
-    return fedpurel.Federation(
-        clip=world.clip, student=world.student, pool=world.pool, features=world.features,
-        text=world.text, labels=world.labels, clients=[(train[:steps * world.args.batch], test)],
-        test=world.test, groups=world.groups, args=world.args)
+    short = copy.copy(world)
+    short.clients, short.known_private = [(train[:steps * world.args.batch], test)], {}
+    return short
 
 
 def initial(world):
@@ -213,12 +212,12 @@ def compare_prompt(watch, clip, options):
             short.logits(state["global"], short.clients[0][0])
         with watch("global test"):
             logits = world.logits(state["global"], world.test)
-        world.personal_logits.clear()  # the chosen clients' private parameters are new
+        world.known_private.clear()  # the chosen clients' private parameters are new
         with watch("personal test"):
             fedpurel.predict_personal(world, "fedpurel", state, 0, logits)
         watch_fast(watch, "augmented", augmented, state, 1)
         with watch("augmented read", n):
-            next(augmented.read([(None, train, list(range(n)))]))
+            next(augmented.epoch(0, "shared", 0))
         with watch("read", n):
             next(augmented.pool.batches([train], [list(range(n))]))
 

@@ -365,10 +365,10 @@ def write_fashion(root, sizes):
 
 
 @pytest.mark.parametrize("n_max, tail", [  # ⌊n_max · 4^(-rank / 9)⌋
-    ([], [20, 17, 14, 12, 10, 9, 7, 6, 5, 5]),  # 200 images of 10 classes: a mean of 20
+    ([], [40, 34, 29, 25, 21, 18, 15, 13, 11, 10]),  # 400 images of 10 classes: a mean of 40
     (["--n-max", "8"], [8, 6, 5, 5, 4, 3, 3, 2, 2, 2])])
 def test_fashion_tail_has_the_authors_order_and_the_mean_class_size(tmp_path, n_max, tail):
-    write_fashion(tmp_path, [8, 60, 8, 12, 8, 20, 6, 22, 30, 26])
+    write_fashion(tmp_path, [16, 120, 16, 24, 16, 40, 12, 44, 60, 52])
     world = federation(tmp_path, "--dataset", "fashion-mnist-lt", "--peft", "adapter",
                        "--imbalance", "4", *n_max)
     counts = world.class_counts.tolist()

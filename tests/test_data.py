@@ -602,6 +602,13 @@ def test_imagenet_clients_test_on_equal_shares_of_every_class(clients, tmp_path,
     assert np.ptp(train, 0).max() > 10  # training is as skewed as elsewhere
 
 
+def test_more_clients_than_balanced_test_samples_are_refused():
+    images = data.ImageSet("i", ["a", "b"], "{}", None, np.repeat([0, 1], 30), None,
+                           np.array([0, 1, 0]), long_tailed=True, client_tests="balanced")
+    with pytest.raises(UserError, match="fewer --clients"):
+        data.federated_clients(images, images.train_labels, 5, 1.0, np.random.default_rng(0))
+
+
 def test_imagenet_test_shares_are_drawn(tmp_path, monkeypatch):
     images = labelled("imagenet", tmp_path, monkeypatch)
     a, b, c = ([test.tolist() for _, test in clients_of(images, seed=s)] for s in (1, 1, 2))

@@ -2,6 +2,7 @@
 import copy
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -446,10 +447,10 @@ def make_world(kind, *options):
         ["--peft", kind, "--batch", "4", "--lr", ".2", "--private-lr", ".2", "--rounds", "1",
          "--lora-dropout", "0", *options]))
     clip = tiny_clip()
-    text = fedpurel.text_features(clip, tokens_of(NAMES, n_ctx=2))
+    text = data.text_features(clip, tokens_of(NAMES, n_ctx=2))
     student = fedpurel.TunedCLIP(
         clip, kind, text, prompt_tokens=tokens_of(NAMES) if kind == "prompt" else None, n_ctx=4,
-        rank=4, alpha=args.lora_alpha, dropout=args.lora_dropout).double()
+        rank=4, dropout=args.lora_dropout).double()
     n_train, n = sum(CLIENT_SIZES), sum(CLIENT_SIZES) + sum(TEST_SIZES)
     rng = np.random.default_rng(0)
     pool = data.ImagePool(data.Images(rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)),
@@ -460,10 +461,11 @@ def make_world(kind, *options):
     order = torch.from_numpy(rng.permutation(n_train))
     clients = list(zip(order.split(CLIENT_SIZES), torch.arange(n_train, n).split(TEST_SIZES),
                        strict=True))
-    world = fedpurel.Federation(
-        clip=clip, student=student, pool=pool, features=features, text=text, labels=labels,
-        clients=clients, test=torch.arange(n_train, n),
-        groups=data.frequency_groups([9, 8, 7, 6, 5], "thirds"), args=args)
+    inputs = data.FederatedImages(
+        clip=clip, tokenizer=None, pool=pool, features=features, labels=labels, clients=clients,
+        test=torch.arange(n_train, n), groups=data.frequency_groups([9, 8, 7, 6, 5], "thirds"),
+        class_names=None, template=data.PHOTO)
+    world = fedpurel.Federation(inputs, student, text, args)
     state = fedpurel.fresh_state(world, "fedpurel")
     for i, key in enumerate(("global", "base")):  # moved: LoRA starts at exactly the teacher
         state[key] = {n: t + .1 * randn(*t.shape, seed=20 + i) for n, t in state[key].items()}
@@ -496,7 +498,7 @@ def plain_model(world, params):
     elif args.peft == "adapter":
         model = plain.PlainAdapterModel(clip, text)
     else:
-        model = plain.PlainLoRAModel(clip, text, rank=4, alpha=args.lora_alpha, dropout=0)
+        model = plain.PlainLoRAModel(clip, text, rank=4, dropout=0)
     tensors = in_plain_order(world, params)
     with torch.no_grad():
         for p, t in zip(plain.trainable(model), tensors, strict=True):
@@ -523,8 +525,7 @@ def purify_stacked(task, align, strength=1.0):
 def plain_stage_1(world, start, client, round_=0):
     args, model = world.args, plain_model(world, start)
     teacher = plain.PlainTeacher(world.clip, world.text)
-    optimizer = torch.optim.SGD(plain.trainable(model), args.lr, args.momentum,
-                                weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(plain.trainable(model), args.lr, .9, weight_decay=5e-4)
     stacked = args.peft == "lora" and isinstance(lora_blocks(world)[0].down, torch.Tensor)
     for pixels, labels in plain_batches(world, client, "shared", round_):
         plain.shared_step(model, teacher, pixels, labels, optimizer, args.strength,
@@ -586,8 +587,8 @@ def test_a_training_step_leaves_the_frozen_weights_alone(kind):
     trainable = {n: p for n, p in student.named_parameters() if p.requires_grad}
     before, clip_before = (copy.deepcopy(m.state_dict()) for m in (student, world.clip))
     optimizer = torch.optim.SGD(trainable.values(), .5, weight_decay=.1)
-    inputs, _ = next(world.read([(None, torch.arange(8), None)]))
-    F.cross_entropy(student(inputs), world.labels[:8]).backward()
+    inputs, labels, _ = next(world.epoch(0, "shared", 0))
+    F.cross_entropy(student(inputs), labels).backward()
     optimizer.step()
     changed = {n for n, t in student.state_dict().items() if not t.equal(before[n])}
     assert changed == set(trainable)
@@ -648,7 +649,10 @@ def test_stage_2_equals_the_plain_arrangement(kind, options):
     world, state = make_world(kind, *options)
     fast = fedpurel.tune_private(world, state["base"], state["global"], 1, 0)
     slow = plain_stage_2(world, state["base"], plain_model(world, state["global"]), 1)
-    assert_equal_parameters(world, fast, slow)
+    # Rounding (1e-16) grows with every step of gradient descent on a curved loss; at this rate some
+    # processors end at 1e-10 with LoRA, whose tensors grow fastest. A hundred times that is
+    # allowed, still a hundred thousand times less than the epoch moves (below).
+    assert_equal_parameters(world, fast, slow, 1e-8)
     assert moved(state["base"], fast) > 1e-3
 
 
@@ -687,11 +691,10 @@ def test_a_round_and_its_evaluation_equal_the_plain_arrangement(kind):
 
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "logit-adjust"])
 def test_the_other_methods_of_stage_1_by_hand(method):
-    world, state = make_world("prompt", "--prox-mu", "0.5", "--logit-tau", "2")
+    world, state = make_world("prompt", "--prox-mu", "0.5")
     fast, _ = fedpurel.tune_shared(world, state["global"], 1, method, 0)
     args, model = world.args, plain_model(world, state["global"])
-    optimizer = torch.optim.SGD(plain.trainable(model), args.lr, args.momentum,
-                                weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(plain.trainable(model), args.lr, .9, weight_decay=5e-4)
     start, counts = model.prompt.ctx.detach().clone(), torch.zeros(CLASSES).double()
     for train, _ in world.clients:
         for label in world.labels[train]:
@@ -699,7 +702,7 @@ def test_the_other_methods_of_stage_1_by_hand(method):
     for pixels, labels in plain_batches(world, 1, "shared", 0):
         logits = model(pixels)
         if method == "logit-adjust":
-            logits = logits + 2 * torch.log((counts + 1) / (counts + 1).sum())
+            logits = logits + torch.log((counts + 1) / (counts + 1).sum())
         loss = F.cross_entropy(logits, labels)
         if method == "fedprox":
             loss = loss + .5 / 2 * (model.prompt.ctx - start).square().sum()
@@ -816,6 +819,86 @@ def test_order_of_clients_and_of_leaking_momentum(recipe, monkeypatch):
     assert state["global"]["a"].item() == pytest.approx(mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [[], ["--augment"]])
+def test_dropout_is_for_the_tuned_model_only(options):
+    """It is on where an epoch hands out a step; the frozen logits beside it never see it."""
+    world, state = make_world("lora", *options)
+    for attn in lora_blocks(world):
+        attn.dropout = .5
+    steps = list(zip(world.batches(1, "private", 3),
+                     world.epoch(1, "private", 3, aggregate=state["global"]), strict=True))
+    assert len(steps) == 3 and not any(attn.training for attn in lora_blocks(world))
+    for (_, numbers, seeds), (inputs, labels, frozen) in steps:
+        pixels = next(world.pool.batches([numbers], seeds and [seeds]))
+        expected = plain_model(world, state["global"])(pixels)
+        torch.testing.assert_close(frozen, expected, rtol=0, atol=1e-10)
+        assert inputs.equal(pixels) and labels.equal(world.labels[numbers])
+    for _ in world.epoch(1, "private", 3):
+        assert all(attn.training for attn in lora_blocks(world))
+    assert not any(attn.training for attn in lora_blocks(world))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [[], ["--augment"]])
+def test_an_epoch_hands_out_zero_shot_logits_of_the_very_images(kind, options):
+    world, _ = make_world(kind, *options)
+    teacher = plain.PlainTeacher(world.clip, world.text)
+    epoch = list(world.epoch(0, "shared", 1, teacher=True))
+    batches = list(plain_batches(world, 0, "shared", 1))
+    assert len(epoch) == len(batches) == 2
+    for (inputs, labels, z), (pixels, expected) in zip(epoch, batches, strict=True):
+        torch.testing.assert_close(z, teacher(pixels), rtol=0, atol=1e-10)
+        read = pixels if kind == "lora" else world.clip.encode_image(pixels)
+        torch.testing.assert_close(inputs, read, rtol=0, atol=1e-10)
+        assert labels.equal(expected)
+    assert all(frozen is None for _, _, frozen in world.epoch(0, "shared", 1))
+
+
+def test_private_logits_are_computed_again_only_when_the_parameters_are_new(monkeypatch):
+    world, state = make_world("prompt")
+    calls, logits = [], world.logits
+    monkeypatch.setattr(world, "logits", lambda *a: calls.append(1) or logits(*a))
+    first = world.private_logits(0, state["base"])
+    assert world.private_logits(0, state["base"]) is first and len(calls) == 1
+    assert first.equal(logits(state["base"], world.clients[0][1]))
+    assert not world.private_logits(0, state["global"]).equal(first) and len(calls) == 2
+
+
+# ================================================================================================
+# Loading
+# ================================================================================================
+
+
+def test_a_rule_for_the_groups_is_two_falling_numbers_or_thirds():
+    assert data.group_rule("100,20") == (100, 20) and data.group_rule("thirds") == "thirds"
+    for text in ("20,100", "5,5", "5", "9,5,1", "a,b", "-3,-9", "", "third"):
+        with pytest.raises(common.UserError, match="HIGH,LOW"):
+            data.group_rule(text)
+
+
+def test_names_of_data_sets():
+    assert data.image_set_name("cifar100-lt") == "cifar100"
+    assert data.image_set_name("folder:pets-lt") == "folder:pets-lt"
+    for name in ("cifar100", "pets-lt-lt", "-lt", "nothing-lt"):
+        with pytest.raises(common.UserError, match="unknown"):
+            data.image_set_name(name)
+
+
+@pytest.mark.parametrize("order", ["dataset", "random"])
+def test_a_long_tail_is_cut_out_of_the_training_part_only(order):
+    labels = np.arange(50) % 5
+    images = data.ImageSet("few", list("abcde"), data.PHOTO, data.Images(list(range(50))), labels,
+                           data.Images(list(range(10))), np.arange(10) % 5)
+    cut = data.long_tailed(images, 5, None, order, seed=1)
+    counts = np.bincount(cut.train_labels, minlength=5).tolist()
+    assert sorted(counts, reverse=True) == data.long_tail_counts(10, 5, 5)
+    assert (counts == sorted(counts, reverse=True)) == (order == "dataset")
+    assert (labels[cut.train.source] == cut.train_labels).all()  # each image kept its label
+    assert cut.test is images.test and images.train_labels is labels
+    kept = data.long_tailed(data.replace(images, long_tailed=True), 5, None, order, seed=1)
+    assert len(kept.train) == 50
+
+
 # ================================================================================================
 # Portability and the benchmark
 # ================================================================================================
@@ -837,6 +920,19 @@ def test_the_method_can_be_pasted_into_other_code():
     clip, tokens = tiny_clip(), tokens_of(NAMES)
     logits = pasted["TunedCLIP"](clip, "prompt", z, tokens).double()(randn(2, 16))
     assert logits.shape == (2, CLASSES) and logits.isfinite().all()
+
+
+def test_marks_of_the_header_stand_in_the_code_and_the_other_way_round():
+    source = (ROOT / "fedpurel.py").read_text()
+    header, code = source.split('"""', 2)[1:]
+    for kind in ("DEVIATION", "UNSPECIFIED"):
+        listed = re.findall(rf"^    {kind} (\d+) ", header, re.M)
+        marked = re.findall(rf"#.*\b{kind} (\d+)", code)
+        assert listed == [str(i + 1) for i in range(len(listed))] and len(listed) >= 5
+        assert set(marked) == set(listed)
+    mapped = re.findall(r"^    Eq\. (E\d)", header, re.M)
+    assert set(re.findall(r"# Eq\. \((E\d)\)", code)) == set(mapped) == {
+        f"E{i}" for i in range(1, 8)}
 
 
 def test_the_benchmark_runs():
