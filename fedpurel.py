@@ -17,7 +17,7 @@ Run
     python fedpurel.py --dataset cifar100-lt               the paper's main table, with real CLIP
     python fedpurel.py --dataset folder:PATH --model tiny  your own pictures, no weights needed
 
-Paper map (our numbers, in the order of the paper's method section)
+Paper map (the numbering is ours, in the order of the paper's method section)
     Eq. E1  target entropy          target_entropy
     Eq. E2  alignment temperatures  alignment_temperature
     Eq. E3  TKL                     tkl_loss
@@ -41,15 +41,18 @@ Symbols
     l_G, l_P  l_G, l_P, ..._logits      (B, C)      logits of the global and the private model
     λ         lam                       number      --lam 0.9
     K, β      clients, beta             numbers     --clients 20 --beta 1
+    S_t, n_k  chosen, sizes             lists       clients of a round, their training images
+    σ_τ(a)    (a / tau).softmax(-1)     (B, C)      softmax at temperature τ
     C, N, E, D   classes, images, width of the joint embedding, width of a tower
 
 Cost
-    With frozen towers nothing about an image changes: every image is encoded once, and zero-shot
-    and global logits are matrix products. What is left is the text tower for C prompts a step, cut
-    to the longest text (10 instead of 77 tokens on CIFAR-100; the tower is causal), with the shared
-    prefix (start token and context) computed once instead of C times. LoRA tunes the image tower:
-    there only the teacher's features and l_G are computed once. Both hold without augmentation:
-    CIFAR has none, the other sets do (as the authors), and then every step encodes its images.
+    With frozen towers nothing about an image changes: every image is encoded once a run, and
+    zero-shot logits are matrix products. With the prompt, what is left is the text tower for C
+    texts a step, cut to the longest (10 instead of 77 tokens on CIFAR-100; the tower is causal),
+    with the shared prefix (start token and context) computed once instead of C times. LoRA tunes
+    the image tower: there only the teacher's features are computed once a run, and l_G once a
+    client and round. All of it holds without augmentation: CIFAR and Fashion-MNIST have none, the
+    other sets do (as the authors), and then every step encodes its images.
     benchmarks/fedpurel_round.py measures both.
 
 Results
@@ -249,7 +252,7 @@ class AttentionLoRA(nn.Module):
         weights, biases = own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3)
         heads = []
         for x, w, bias, a, b in zip(inputs, weights, biases, self.down, self.up, strict=True):
-            # x Aᵀ first, then Bᵀ: 2rD multiplications a token, where the product B A takes D².
+            # x Aᵀ first, then Bᵀ: 2rD multiplications a token, where applying the product B A takes D².
             update = F.dropout(x, self.dropout, self.training) @ a.T @ b.T
             y = F.linear(x, w, bias) + self.scale * update  # (B, N, D)
             heads.append(y.unflatten(-1, (own.num_heads, -1)).transpose(1, 2))  # (B, heads, N, d)
@@ -421,7 +424,8 @@ def purify_gradient(task_grad, align_grad, strength=1.0):
     """Take out of the task gradient what opposes the alignment gradient (E4), for one tensor.
 
     task_grad, align_grad: tensors of one shape; strength λ_p in [0, 1] -> tensor of that shape. At
-    λ_p = 1 the result never increases the alignment loss to first order.
+    λ_p = 1 a small step along the result does not increase the alignment loss (of plain gradient
+    descent; momentum and decay come after it).
     """
     # A step along -g changes the alignment loss by about -⟨g, g_align⟩: a negative inner product
     # means that learning this would cost balance. Then, and only then, the component along g_align
@@ -430,7 +434,7 @@ def purify_gradient(task_grad, align_grad, strength=1.0):
     inner, square = (task_grad * align_grad).sum(), (align_grad * align_grad).sum()
     # Eq. (E4): g_task - λ_p ⟨g_task, g_align⟩ / ‖g_align‖² · g_align where ⟨g_task, g_align⟩ < 0
     # where() instead of an if: no waiting for a GPU. The second one keeps 0 / 0 out: a model that
-    # agrees with z exactly (LoRA at its start) has g_align = 0, and nothing to be purified of.
+    # agrees with z (LoRA at its start) can have g_align = 0, and has nothing to be purified of.
     conflict = (inner < 0) & (square > 0)
     factor = torch.where(conflict, inner / torch.where(conflict, square, 1.0), 0.0)
     return task_grad - strength * factor * align_grad
@@ -445,7 +449,7 @@ def residual_loss(global_logits, private_logits, labels, lam):
     # branch says what has to be added for this client.
     # Eq. (E6): l_final = l_G + l_P, l_G frozen
     final_logits = global_logits.detach() + private_logits
-    # The first term alone would leave the private branch idle wherever l_G is right already; the
+    # The first term alone teaches the private branch little where l_G is right already; the
     # second asks it to know its client's images by itself.
     # Eq. (E7): (1 - λ) CE(y, l_G + l_P) + λ CE(y, l_P)
     fused, alone = (F.cross_entropy(logits, labels) for logits in (final_logits, private_logits))
@@ -606,7 +610,8 @@ class Federation:
         # without augmentation an image is the same picture at every step. Its feature was computed
         # before the run (self.features), and a frozen model says of it what it said before: l_G is
         # computed once for all images of the client. With augmentation each picture is new and is
-        # encoded here, once for the student and the frozen model together.
+        # encoded here, once for student and frozen model together (LoRA's student has a tower of
+        # its own, and reads the pixels by itself).
         lora, augment = self.student.kind == "lora", self.args.augment
         l_G = None
         if aggregate is not None and not augment:
@@ -678,8 +683,9 @@ def fresh_state(world, method):
 def task_gradient(world, method, f, labels, params, start, keep_graph):
     """g_task, what the labels ask of each trained tensor -> (loss, list of tensors).
 
-    f: (B, C) logits of the student with `params`; start: the aggregate that the epoch began with.
-    This is the one place where the methods that tune a shared model differ in what they learn.
+    f: (B, C) logits of the student with `params`; start: what the epoch began with. This is the one
+    place where the baselines differ in what they learn from labels; FedPuReL learns from them as
+    FedAvg does, and purifies the result (tune_shared).
     """
     if method == "logit-adjust":
         # UNSPECIFIED 4: log of the class prior is added while training (Menon et al.): a frequent
@@ -696,12 +702,16 @@ def task_gradient(world, method, f, labels, params, start, keep_graph):
 
 
 def tune_shared(world, start, client, method, round_, momentum=None):
-    """Stage 1: one local epoch of a client from the aggregate -> (parameters, optimiser state)."""
-    # The client starts from the shared parameters φ_g and makes one pass over its own, long-tailed
-    # images. FedPuReL takes two gradients at every step:
+    """Stage 1: a client's local epochs from the aggregate -> (parameters, optimiser state).
+
+    start: φ_g (method local: the client's own parameters).
+    """
+    # The client starts from the shared parameters φ_g and makes a pass (--local-epochs 1) over its
+    # own, long-tailed images. FedPuReL takes two gradients at every step:
     #   g_task   what the labels ask for. Frequent classes ask more often: this erodes the tail.
-    #   g_align  what would bring the model back to z, CLIP's own and balanced opinion of the very
-    #            same images.
+    #   g_align  what would bring the model back to z, CLIP's own opinion of the very same images. z
+    #            says something about all C classes, rare ones and those the client has not, and
+    #            CLIP was as good at them as at the others: to keep to it is to keep the balance.
     # The baselines that share this loop have g_task only (see task_gradient).
     args = world.args
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
@@ -729,10 +739,11 @@ def tune_shared(world, start, client, method, round_, momentum=None):
 
 
 def tune_private(world, start, global_params, client, round_):
-    """Stage 2: one epoch on the private parameters over the frozen, fresh aggregate -> φ_k."""
+    """Stage 2: local epochs on the private parameters over the frozen, fresh aggregate -> φ_k."""
     # l_G is this round's aggregate, purified and balanced; nothing here changes it. The private
     # branch, of the same form, learns what has to be added for this client: a residual in logit
-    # space. To mix the parameters of both instead would pass the bias of one on to the other.
+    # space. (It is a student like the global one, so l_P are the logits of a whole model, not small
+    # ones: at the start both say the same, and E7 moves l_P to what the sum lacks.) To mix the parameters of both instead would pass the bias of one on to the other.
     # Plain SGD, without momentum or decay.
     args = world.args
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
@@ -776,7 +787,7 @@ def train_method(world, run, method, state, save):
         mine = run.share(chosen)
 
         if method == "local":
-            # No federation: every client goes on with its own parameters.
+            # No federation: each of them goes on with its own parameters.
             private = {k: tune_shared(world, own_parameters(state, k), k, method, round_)[0]
                        for k in mine}
         else:
@@ -792,7 +803,8 @@ def train_method(world, run, method, state, save):
             state["global"] = fedavg([shared[k] for k in chosen], sizes)
         if method == "fedpurel":
             # Stage 2: over the aggregate they have just made, the same clients go on with their
-            # private parameters φ_k, which never leave them.
+            # private parameters φ_k. These stay at home: what is gathered below is for the
+            # evaluation and the checkpoint, since this process plays all clients.
             private = {k: tune_private(world, own_parameters(state, k), state["global"], k, round_)
                        for k in mine}
         if method in ("local", "fedpurel"):
@@ -868,7 +880,7 @@ def predict_personal(world, method, state, client, global_logits):
 def scores(world, guess, truth):
     """Percentages of one model on one test set: all, many, med, few, f1, balancedness. (n,) both.
 
-    A group without test images has None.
+    A group without test images has None (official: one without hits).
     """
     accuracy = common.per_class_accuracy(guess, truth, world.num_classes)  # (C,)
     found = {"all": 100 * (guess == truth).double().mean().item()}
