@@ -252,7 +252,7 @@ class AttentionLoRA(nn.Module):
         weights, biases = own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3)
         heads = []
         for x, w, bias, a, b in zip(inputs, weights, biases, self.down, self.up, strict=True):
-            # x Aᵀ first, then Bᵀ: 2rD multiplications a token, where applying the product B A takes D².
+            # x Aᵀ first, then Bᵀ: 2rD multiplications a token; applying the product B A takes D².
             update = F.dropout(x, self.dropout, self.training) @ a.T @ b.T
             y = F.linear(x, w, bias) + self.scale * update  # (B, N, D)
             heads.append(y.unflatten(-1, (own.num_heads, -1)).transpose(1, 2))  # (B, heads, N, d)
@@ -743,8 +743,9 @@ def tune_private(world, start, global_params, client, round_):
     # l_G is this round's aggregate, purified and balanced; nothing here changes it. The private
     # branch, of the same form, learns what has to be added for this client: a residual in logit
     # space. (It is a student like the global one, so l_P are the logits of a whole model, not small
-    # ones: at the start both say the same, and E7 moves l_P to what the sum lacks.) To mix the parameters of both instead would pass the bias of one on to the other.
-    # Plain SGD, without momentum or decay.
+    # ones: at the start both say the same, and E7 moves l_P to what the sum lacks.) To mix the
+    # parameters of both instead would pass the bias of one on to the other. Plain SGD, without
+    # momentum or decay.
     args = world.args
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
     optimizer = torch.optim.SGD(params.values(), args.private_lr)
