@@ -1,4 +1,4 @@
-"""The claims of pro_vpt.py in its small world: planted distributions x seeds, all methods.
+"""The claims of pro_vpt.py and its neighbour in beyond/, in the small world, over seeds and truths.
 
     python benchmarks/pro_vpt_claims.py                  5 seeds x 5 distributions, about 45 CPU-min
     python benchmarks/pro_vpt_claims.py --summary        tables from what has been run already
@@ -19,6 +19,7 @@ A claim "holds" when the mean paired difference has the claimed sign and a paire
 pairs of seed and distribution gives p < 0.05, "not shown" when p is larger, "fails" when the sign
 is the other one. Pairs of one seed share a backbone, so a test over the seeds' means is given too.
 """
+import functools
 import json
 import statistics
 import sys
@@ -33,8 +34,10 @@ from scipy import stats
 import common
 import data
 import pro_vpt
+from beyond import pro_vpt_adaptive as beyond
 
-# name -> (method, changed settings)
+# name -> (method, changed settings); all run through beyond/pro_vpt_adaptive.py, whose defaults are
+# the paper's loop
 PLAN = {
     "linear probe": ("linear", {}),
     "uniform": ("vpt-deep", {}),
@@ -63,11 +66,12 @@ def gradient_scores(model, tokens, labels, eps, dtype, gated=False):
     model.to(dtype)
     for norm in norms:
         norm.eps = eps
-    gates = torch.ones(len(model.prompts), dtype=dtype, requires_grad=True)
-    loss = torch.nn.functional.cross_entropy(model(tokens.to(dtype), gates=gates), labels)
-    gradient, gate_gradient = torch.autograd.grad(loss, [model.prompts, gates])
-    found = gate_gradient if gated else \
+    model.gates = torch.ones(len(model.prompts), 1, dtype=dtype, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(model(tokens.to(dtype)), labels)
+    gradient, gate_gradient = torch.autograd.grad(loss, [model.prompts, model.gates])
+    found = gate_gradient[:, 0] if gated else \
         pro_vpt.idleness_scores(model.prompts.detach(), gradient)
+    model.gates = None
     model.to(torch.float32)
     for norm in norms:
         norm.eps = before
@@ -78,10 +82,10 @@ def compare_scores(training):
     """Spearman correlation of each score with the exact change of the loss (C2)."""
     model, part = training.model, training.task.train
     tokens, labels = part.tokens, part.labels
-    exact = pro_vpt.exact_idleness(model, tokens, labels)
+    exact = beyond.exact_idleness(model, tokens, labels)
     eps = [(e, d) for e in (1e-6, 1e-12) for d in (torch.float32, torch.float64)]
     scores = [gradient_scores(model, tokens, labels, *pair) for pair in eps]
-    scores.append(pro_vpt.idleness_scores(model.prompts.detach(), None, "norm"))
+    scores.append(-model.prompts.detach().norm(dim=-1))
     scores.append(gradient_scores(model, tokens, labels, 1e-6, torch.float64, gated=True))
     scores += [-scores[1].abs(), -scores[5].abs()]
     found = {name: float(stats.spearmanr(score.numpy(), exact.numpy()).statistic)
@@ -97,24 +101,31 @@ def pearson(a, b):
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
+def parts_of(name, seed, truth):
+    """The parts that a row of PLAN trains with; the control's blocks are rated by a draw."""
+    if name != CONTROL:
+        return beyond.PARTS
+    generator = common.torch_generator(seed, "control", ",".join(map(str, truth)))
+    drawn = torch.rand(len(truth), generator=generator) ** 4
+    control = functools.partial(beyond.adaptation, usefulness=lambda *_: drawn)
+    return {**beyond.PARTS, "relocations": {**beyond.PARTS["relocations"], "adaptive": control}}
+
+
 def measure(options, seed, truth, folder, names):
     """Run every method for one seed and planted distribution -> dict."""
     words = ",".join(map(str, truth))
     command = ["--seed", str(seed), "--truth", words, "--data-dir", str(folder / "data"),
                "--out-dir", str(folder / "run"), "--overwrite", *options]
-    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(command))
+    args = beyond.read_arguments(command)
     results, scores = {}, None
     with common.Run(args, "claims") as run:
         task, plain = pro_vpt.build_task(args, run, "planted", "test"), dict(vars(args))
-        measured, drawn = pro_vpt.block_usefulness, torch.rand(
-            len(truth), generator=common.torch_generator(seed, "control", words)) ** 4
         for name in names:
             method, change = PLAN[name]
-            pro_vpt.block_usefulness = (lambda *_, drawn=drawn: drawn) if name == CONTROL \
-                else measured
             vars(args).update({**plain, **change})
             job = pro_vpt.Job("planted", method, "test", seed, args.lr, args.weight_decay)
-            start, training = time.process_time(), pro_vpt.Training(task, run, args, job)
+            start = time.process_time()
+            training = pro_vpt.Training(task, run, args, job, parts_of(name, seed, truth))
             found = pro_vpt.train(training, lambda training: None)
             results[name] = {"accuracy": found["accuracy"], "counts": found["counts"][-1],
                              "loss": found["losses"][-1], "moves": len(found["moves"]),
@@ -126,7 +137,6 @@ def measure(options, seed, truth, folder, names):
             if name == "uniform":
                 scores = compare_scores(training)
         vars(args).update(plain)
-        pro_vpt.block_usefulness = measured
     return {"seed": seed, "truth": truth, "results": results, "scores": scores}
 
 
@@ -203,7 +213,7 @@ def main():
                         help="default %(default)s")
     parser.add_argument("--summary", action="store_true",
                         help="run nothing; print what --out holds")
-    args, options = parser.parse_known_args()  # the rest goes to pro_vpt.py
+    args, options = parser.parse_known_args()  # the rest goes to the script
     names = [list(PLAN)[int(i)] for i in args.only.split(",")]
     seeds, truths = ([int(i) for i in text.split(",")] for text in (args.seeds, args.truths))
     wanted = {(s, t): args.out / f"seed{s}-truth{t}.json" for s in seeds for t in truths}

@@ -22,7 +22,8 @@ Cost model: an epoch on VTAB-1k data
     among the training images) and the test set, of which the 19 tasks have 13,000 on average; we
     count --test-images, 2,000 unless told otherwise, to be careful. exact_ratio is the whole epoch
     with those, pro_vpt.py's being without evaluation; passes_ratio leaves evaluation out on both
-    sides; running_ratio is pro_vpt.py's epoch over the same with --scores running.
+    sides; running_ratio is pro_vpt.py's epoch over that of beyond/pro_vpt_adaptive.py with
+    --scores running.
 """
 import argparse
 import contextlib
@@ -164,7 +165,7 @@ def main():
     print("pro_vpt.py")
     fast = show([("scoring pass, per batch", watch["fast score"], n),
                  ("training pass, per batch", watch["fast step"], n)])
-    print("pro_vpt.py --scores running")
+    print("beyond/pro_vpt_adaptive.py --scores running")
     running = show([("training pass, per batch", watch["fast running step"], n)])
     kind = "CPU" if options.threads == 1 else "wall"
     print(f"{kind} times, medians of {options.repeats}, {options.threads} thread(s), batches of "

@@ -9,6 +9,7 @@ Every move into another block of the paper's algorithm (--method pro-vpt) is fol
     score    its |I| at the next scoring pass, over the median |I| of all prompts
     again    how often it is the very next prompt to move
 """
+import functools
 import statistics
 import sys
 import tempfile
@@ -26,23 +27,20 @@ def follow(options, seed, folder, data_dir):
     """One run -> shares (a list of STEPS lists), score ratios, and whether it moved again."""
     command = ["--method", "pro-vpt", "--seed", str(seed), "--data-dir", str(data_dir),
                "--out-dir", str(folder), *options]
-    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(command))
+    args = pro_vpt.read_arguments(command)
     shares, ratios, again = [[] for _ in range(STEPS)], [], []
-    plain_gradients, plain_pass = pro_vpt.gradients, pro_vpt.score_pass
-    real_moves = []  # (epoch, prompt) of moves into another block
+    real_moves = []  # [epoch, prompt, steps since] of moves into another block
 
-    def gradients(training, wanted, purpose, *rest, **named):
-        moved = [k for epoch, k in real_moves if epoch == training.epoch]
-        for i, (loss, grads, size) in enumerate(
-                plain_gradients(training, wanted, purpose, *rest, **named)):
-            if purpose == "train" and moved and i < STEPS:
-                total = sum(g.square().sum() for g in grads)
-                shares[i].append((grads[0][moved[0]].square().sum() / total).item())
-            yield loss, grads, size
+    def watch(training, loss, grads, size):
+        """The moved prompt's share of the squared gradient, of which the prompts come first."""
+        for now in [now for now in real_moves if now[0] == training.epoch and now[2] < STEPS]:
+            total = sum(g.square().sum() for g in grads)
+            shares[now[2]].append((grads[0][now[1]].square().sum() / total).item())
+            now[2] += 1
 
-    def score_pass(training):
-        scores, cost = plain_pass(training)
-        last = [k for epoch, k in real_moves if epoch == training.epoch - 1]
+    def score(training):
+        scores, cost = training.recipe["score"](training)
+        last = [k for epoch, k, _ in real_moves if epoch == training.epoch - 1]
         if last:
             size = scores.abs()
             ratios.append((size[last[0]] / size.median()).item())
@@ -52,20 +50,16 @@ def follow(options, seed, folder, data_dir):
     with common.Run(args, "moved") as run:
         task = pro_vpt.build_task(args, run, "planted", "test")
         job = pro_vpt.Job("planted", "pro-vpt", "test", seed, args.lr, args.weight_decay)
-        training = pro_vpt.Training(task, run, args, job)
-        plain_relocate = pro_vpt.relocate
 
-        def relocate(prompts, block, k, target, *rest):
+        def move(prompts, block, k, target):
             if block[k] != target:
-                real_moves.append((training.epoch, k))
-            plain_relocate(prompts, block, k, target, *rest)
+                real_moves.append([training.epoch, k, 0])
+            pro_vpt.relocate(prompts, block, k, target)
 
-        pro_vpt.gradients, pro_vpt.score_pass, pro_vpt.relocate = gradients, score_pass, relocate
-        try:
-            pro_vpt.train(training, lambda now: None)
-        finally:
-            pro_vpt.gradients, pro_vpt.score_pass = plain_gradients, plain_pass
-            pro_vpt.relocate = plain_relocate
+        watched = functools.partial(pro_vpt.relocation, score=score, move=move)
+        parts = {**pro_vpt.PARTS, "relocations": {"pro-vpt": watched}, "watch": watch}
+        training = pro_vpt.Training(task, run, args, job, parts)
+        pro_vpt.train(training, lambda now: None)
     return shares, ratios, again
 
 

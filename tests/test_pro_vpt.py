@@ -25,6 +25,7 @@ import data
 import pro_vpt
 from benchmarks import pro_vpt_claims
 from benchmarks import pro_vpt_plain as plain
+from beyond import pro_vpt_adaptive as beyond
 from tools import (
     PATIENCE,
     ROOT,
@@ -66,6 +67,14 @@ def make_batch(n=6, classes=4, dtype=torch.float64, size=16, seed=2):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
     return pixels, torch.arange(n) % classes
+
+
+@pytest.fixture
+def double():
+    """torch's default is float64: for comparisons of trainings that round in another order."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def plain_copy(model):
@@ -156,58 +165,20 @@ def test_the_score_is_the_gradient_of_a_gate_and_a_first_order_difference():
                 model.prompts.copy_(kept)
         torch.testing.assert_close((losses[0] - losses[1]) / (2 * h), scores[k], rtol=1e-3,
                                    atol=1e-12)
-    norms = pro_vpt.idleness_scores(model.prompts, None, "norm")
-    assert norms.argmax() == model.prompts.square().sum(1).argmin()
-
-
-def test_post_ln_score_is_the_first_order_change_of_the_key_and_value():
-    model, (pixels, labels) = make_model(), make_batch()
-    tokens, gates = model.embed(pixels), torch.ones(5, dtype=torch.float64, requires_grad=True)
-    loss = F.cross_entropy(model(tokens, gates=gates), labels)
-    (gradient,) = torch.autograd.grad(loss, [gates])
-    scores = pro_vpt.idleness_scores(gates.detach()[:, None], gradient[:, None])
-    h = 1e-4
-    for k in range(5):
-        values = []
-        for sign in (1, -1):
-            moved = torch.ones(5, dtype=torch.float64)
-            moved[k] += sign * h
-            values.append(F.cross_entropy(model(tokens, gates=moved), labels))
-        torch.testing.assert_close((values[0] - values[1]) / (2 * h), scores[k], rtol=1e-5,
-                                   atol=1e-10)
-    assert scores.abs().min() > 1e-6  # no factor ε in it
-
-
-def test_exact_idleness_is_what_a_model_without_the_prompt_says():
-    model, (pixels, labels) = make_model(), make_batch()
-    scores = pro_vpt.exact_idleness(model, model.embed(pixels), labels)
-    whole = F.cross_entropy(plain_copy(model)(pixels), labels).item()
-    for k in range(5):
-        less = plain_copy(model)
-        block = model.block[k].item()
-        del less.blocks[block][model.rows[block].tolist().index(k)]
-        assert scores[k].item() == pytest.approx(
-            whole - F.cross_entropy(less(pixels), labels).item(), abs=1e-6)
-    assert model.counts() == [2, 3, 0]
-    useful = pro_vpt.block_usefulness(model, model.embed(pixels), labels)
-    for b in range(3):
-        less = plain_copy(model)
-        less.blocks[b] = []
-        assert useful[b].item() == pytest.approx(
-            F.cross_entropy(less(pixels), labels).item() - whole, abs=1e-6)
-    assert model.counts() == [2, 3, 0] and useful[2] == 0
 
 
 @pytest.mark.parametrize("eps, size, agree", [(1e-6, 1e-3, True), (1e-12, 1e-9, False)])
 def test_finding_1_the_score_carries_the_epsilon_of_layer_norm(eps, size, agree):
     """ε = 1e-6: tiny, but float32 and float64 agree. ε = 1e-12: smaller by ε, and float32 is noise.
 
-    The exact change of the loss is the same for both, and large.
+    The exact change of the loss is the same for both, and large. The score is ε / var(p) of terms
+    that cancel but for it, and float32 rounds these by 6e-8: an error of 6e-8 · .01 / ε of the
+    score, 6e-4 of it or 600 times it.
     """
     torch.manual_seed(0)
     model, (pixels, labels) = make_model((8, 8, 8), eps=eps), make_batch(32)
     tokens = model.embed(pixels)
-    exact = pro_vpt.exact_idleness(model, tokens, labels)
+    exact = beyond.exact_idleness(model, tokens, labels)
     double = taylor(model, tokens, labels)
     single = taylor(copy.deepcopy(model).float(), tokens.float(), labels)
     assert exact.abs().median() > 1e-4 and double.abs().median() < size
@@ -215,8 +186,8 @@ def test_finding_1_the_score_carries_the_epsilon_of_layer_norm(eps, size, agree)
     ratio = double.abs().median() / taylor(
         make_model((8, 8, 8), eps=eps / 10), tokens, labels).abs().median()
     assert ratio.item() == pytest.approx(10, rel=.05)
-    r = np.corrcoef(single.numpy(), double.numpy())[0, 1]
-    assert r > .99 if agree else abs(r) < .5
+    error = (single - double).abs().median() / double.abs().median()
+    assert error < .05 if agree else error > 5
 
 
 def test_a_prompt_can_be_scaled_without_changing_the_loss():
@@ -236,11 +207,10 @@ def test_a_prompt_can_be_scaled_without_changing_the_loss():
 
 def test_relocate():
     prompts, block = torch.ones(4, 3), torch.tensor([0, 0, 1, 2])
-    momentum = torch.ones(4, 3)
-    pro_vpt.relocate(prompts, block, 1, 2, momentum=momentum)
+    pro_vpt.relocate(prompts, block, 1, 2)
     assert block.tolist() == [0, 2, 1, 2]
     torch.testing.assert_close(prompts[1], torch.full((3,), 1e-3))
-    assert momentum.sum(1).tolist() == [3, 0, 3, 3] and prompts[[0, 2, 3]].eq(1).all()
+    assert prompts[[0, 2, 3]].eq(1).all()
     pro_vpt.relocate(prompts, block, 1, 2)  # into its own block: nothing
     torch.testing.assert_close(prompts[1], torch.full((3,), 1e-3))
 
@@ -266,7 +236,7 @@ def ppo_by_hand(allocator, states, actions, rewards):
                for s, a in zip(states, actions, strict=True)]
         values = [critic(s).item() for s in states]
     returns = np.array([sum(rewards[i:]) for i in range(len(rewards))])
-    returns = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-7)
+    returns = (returns - returns.mean()) / (returns.std(ddof=1) + 1e-8)
     for _ in range(60):
         loss = 0
         for s, a, lp, v, r in zip(states, actions, old, values, returns, strict=True):
@@ -280,7 +250,7 @@ def ppo_by_hand(allocator, states, actions, rewards):
     return actor, critic
 
 
-def test_ppo_update_against_torch_distributions():
+def test_ppo_update_against_torch_distributions(double):
     torch.manual_seed(0)
     allocator = pro_vpt.PPOAllocator(3)
     states, rewards = torch.randn(2, 9), [.3, -.2]
@@ -293,11 +263,12 @@ def test_ppo_update_against_torch_distributions():
     actor, critic = ppo_by_hand(before, states, actions, rewards)
     for ours, theirs in zip([*allocator.actor.parameters(), *allocator.critic.parameters()],
                             [*actor.parameters(), *critic.parameters()], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        # Adam divides the rounding of a gradient by 1e-8 at least: 60 · 1e-3 · 1e-16 / 1e-8
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert not torch.equal(allocator.actor[0].weight, before.actor[0].weight)
 
 
-def test_finding_3_only_the_sign_of_the_first_reward_is_seen():
+def test_finding_3_only_the_sign_of_the_first_reward_is_seen(double):
     def learned(rewards, every=2):
         torch.manual_seed(0)
         allocator, generator = pro_vpt.PPOAllocator(3, every=every), torch.Generator()
@@ -308,7 +279,8 @@ def test_finding_3_only_the_sign_of_the_first_reward_is_seen():
         return allocator.actor[4].bias.detach()
 
     same = learned([1., 5.])
-    torch.testing.assert_close(learned([100., -7.]), same, rtol=0, atol=1e-4)
+    # The returns differ by the 1e-8 beside their std, and 60 steps of 3e-4 by as much of themselves
+    torch.testing.assert_close(learned([100., -7.]), same, rtol=0, atol=1e-8)
     assert (learned([-1., 5.]) - same).abs().max() > 1e-3
     assert (learned([1., 5., 2.], 3) - learned([1., -5., 2.], 3)).abs().max() > 1e-3
 
@@ -359,15 +331,6 @@ def flat(value):
     return [value]
 
 
-def test_planned_moves():
-    share = torch.tensor([.5, .25, .25, 0.])
-    moves = pro_vpt.planned_moves([2, 2, 2, 2], share, 8)
-    assert moves == [(3, 0), (3, 0)]
-    assert pro_vpt.planned_moves([2, 2, 2, 2], share, 1) == [(3, 0)]
-    assert pro_vpt.planned_moves([4, 2, 2, 0], share, 8) == []
-    assert pro_vpt.planned_moves([2, 2], torch.tensor([.6, .4]), 8) == []  # off by .4 prompts
-
-
 # ================================================================================================
 # The loop: one tensor against lists
 # ================================================================================================
@@ -400,16 +363,16 @@ class PixelPart:
         return (self.pixels[i] for i in index_lists)
 
 
-def make_training(*options, n=22, counts=3, method="pro-vpt"):
+def make_training(*options, n=22, counts=3, method="pro-vpt", read=pro_vpt.read_arguments,
+                  parts=None):
     """A float64 Training on 22 pictures in batches of 6 (the last one has 4), without dropout."""
-    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(
-        ["--batch", "6", "--epochs", "6", "--prompts", str(counts), "--lr", ".5", "--eps", "1e-6",
-         "--score-images", "16", *options]))
+    args = read(["--batch", "6", "--epochs", "6", "--prompts", str(counts), "--lr", ".5", "--eps",
+                 "1e-6", *options])
     pixels, labels = make_batch(n)
     part = PixelPart(pixels, labels)
-    task = pro_vpt.Task(tiny_vit(args.eps).double(), 4, part, part, False)
+    task = data.TransferTask(tiny_vit(args.eps).double(), 4, part, part, False)
     job = pro_vpt.Job("planted", method, "test", 0, args.lr, args.weight_decay)
-    return pro_vpt.Training(task, NoRun(), args, job)
+    return pro_vpt.Training(task, NoRun(), args, job, parts)
 
 
 def lists_of(training, purpose):
@@ -420,7 +383,9 @@ def lists_of(training, purpose):
 @pytest.mark.parametrize("options", [
     [], ["--recipe", "official"], ["--allocator", "thompson"],
     ["--recipe", "official", "--allocator", "thompson", "--warmup", "2"]], ids=" ".join)
-def test_one_tensor_equals_a_list_of_prompts_over_24_steps_with_moves(options, monkeypatch):
+def test_one_tensor_equals_a_list_of_prompts_over_24_steps_with_moves(options, double, monkeypatch):
+    """Rounding, 1e-16, grows 10³ times at most in 24 steps of SGD, and is 10² times as large for
+    sums of a hundred terms: 1e-11 of what is compared."""
     training = make_training(*options)
     seen = []
     original = pro_vpt.gradients
@@ -449,7 +414,7 @@ def test_one_tensor_equals_a_list_of_prompts_over_24_steps_with_moves(options, m
             scores, losses = plain.score_pass(peer, batches, .25 if official else None)
             cost = sum(x / n for x, n in losses) if official else \
                 sum(x * n for x, n in losses) / 22
-            np.testing.assert_allclose([s[1] for s in seen], [x for x, _ in losses], rtol=1e-12)
+            np.testing.assert_allclose([s[1] for s in seen], [x for x, _ in losses], rtol=1e-11)
             idlest = max(scores, key=scores.get)
             if pending:
                 before, gone = pending
@@ -461,7 +426,7 @@ def test_one_tensor_equals_a_list_of_prompts_over_24_steps_with_moves(options, m
                 sums = np.array([sum(scores[id(p)] for p in ps) for ps in peer.blocks])
                 z = (sums - sums.mean()) / (sums.std() + 1e-8)
                 left = np.array([len(ps) - (b == source) for b, ps in enumerate(peer.blocks)])
-                state = torch.tensor([*z, *left / 8, *np.eye(3)[source]], dtype=torch.float32)
+                state = torch.tensor([*z, *left / 8, *np.eye(3)[source]])
                 target = allocator.choose(state, chooser)
                 plain.move(peer, source, place, target)
                 pending = cost, scores[idlest]
@@ -490,32 +455,22 @@ def test_one_tensor_equals_a_list_of_prompts_over_24_steps_with_moves(options, m
                                torch.stack([p.detach() for p in parameters]), rtol=0, atol=1e-11)
 
 
-def test_running_scores_are_those_of_the_gradients_while_training():
-    training = make_training("--scores", "running", "--lr", "1e-12")  # nothing moves: a pass
-    lists, peer = lists_of(training, "train"), plain_copy(training.model)
-    part = training.task.train
-    scores, losses = plain.score_pass(peer, [(part.pixels[i], part.labels[i]) for i in lists])
-    pro_vpt.train_epoch(training)
-    np.testing.assert_allclose(training.running[0], [scores[id(p)] for p in peer.prompts()],
-                               rtol=1e-4)
-    assert training.running[1] == pytest.approx(sum(x * n for x, n in losses) / 22, rel=1e-9)
-
-
 def test_official_scores_are_clipped_by_a_norm_with_the_head():
     training = make_training("--recipe", "official")
     paper = make_training()
     assert training.args.dropout == 0
-    official, _ = pro_vpt.score_pass(training)
-    plain_scores, _ = pro_vpt.score_pass(paper)
+    official, _ = training.recipe["score"](training)
+    plain_scores, _ = paper.recipe["score"](paper)
     assert official.abs().sum() < plain_scores.abs().sum()
 
 
-@pytest.mark.parametrize("method, scores", [
-    ("random-relocation", "pass"), ("prune-only", "pass"), ("prune-only", "running"),
-    ("pro-vpt", "pass"), ("adaptive", "pass")])
-def test_prompts_are_kept_and_pruning_has_a_floor(method, scores):
-    training = make_training("--epochs", "14", "--scores", scores, method=method, counts=1)
-    found = pro_vpt.train(training, lambda now: None)
+@pytest.mark.parametrize("method", ["random-relocation", "prune-only", "pro-vpt"])
+def test_prompts_are_kept_and_pruning_has_a_floor(method):
+    prompts_are_kept(make_training("--epochs", "14", method=method, counts=1))
+
+
+def prompts_are_kept(training):
+    method, found = training.job.method, pro_vpt.train(training, lambda now: None)
     totals = [sum(c) for c in found["counts"]]
     assert len(found["losses"]) == 14 and len(found["counts"]) == 15
     if method == "prune-only":
@@ -547,22 +502,6 @@ def test_the_joint_clip_and_finding_2():
     for _ in range(2):  # 4 steps each
         pro_vpt.train_epoch(training)
     assert share() < .2
-
-
-def test_adaptation_moves_towards_a_block_that_matters():
-    training = make_training(method="adaptive", counts=4)
-    training.epoch = 1
-    model = training.model
-    pro_vpt.train_epoch(training)
-    tokens, labels = pro_vpt.sample(training, "usefulness", 16)
-    useful = pro_vpt.block_usefulness(model, tokens, labels).clamp(min=0)
-    before, momentum = model.counts(), training.optimizer.state[model.prompts]["momentum_buffer"]
-    pro_vpt.adaptation(training)
-    wanted = 12 * useful / useful.sum()
-    distance = [(torch.tensor(c) - wanted).abs().sum().item() for c in (before, model.counts())]
-    assert distance[1] < distance[0]
-    (_, k, _), *_ = training.moves
-    assert momentum[k].eq(0).all() and model.prompts[k].abs().max() <= model.bound
 
 
 # ================================================================================================
@@ -621,8 +560,9 @@ def save_vit(path, cls="vit"):
 
 
 def real_words(root, vit, *more):
+    """One thread, so that equal commands give equal bits."""
     return ["--data-dir", root, "--model", vit, "--epochs", "2", "--prompts", "2", "--batch", "8",
-            "--lr", ".5", *more]
+            "--lr", ".5", "--threads", "1", *more]
 
 
 def test_vtab_lists_and_transform(tmp_path):
@@ -732,12 +672,12 @@ def test_fgvc_is_searched_on_train_and_val_and_ends_with_one_run_on_train(tmp_pa
     write_fgvc(tmp_path, "dogs")
     seen = []
 
-    class Seen(pro_vpt.Part):
+    class Seen(data.TransferPart):
         def __init__(self, images, labels, *rest):
             super().__init__(images, labels, *rest)
             seen.append(len(labels))
 
-    monkeypatch.setattr(pro_vpt, "Part", Seen)
+    monkeypatch.setattr(data, "TransferPart", Seen)
     words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--dataset", "fgvc-dogs", "--search",
                        "--grid-lr", "2", "--grid-wd", "0", "--epochs", "1", "--seed", 7,
                        "--out-dir", tmp_path / "out")
@@ -874,8 +814,9 @@ def planted_words(cache, *more):
 
 @pytest.fixture(scope="module")
 def planted_task(cache):
-    words = planted_words(cache, "--truth", "0,0,0,4,20,0")
-    args = pro_vpt.resolve(pro_vpt.build_parser().parse_args(list(map(str, words))))
+    # the head that can be taught in the few epochs of a test, see --head-init
+    words = planted_words(cache, "--truth", "0,0,0,4,20,0", "--head-init", "linear")
+    args = pro_vpt.read_arguments(list(map(str, words)))
     run = SimpleNamespace(rank_zero_first=NoRank, progress=lambda items, *_, **__: items,
                           device=torch.device("cpu"))
     return pro_vpt.build_task(args, run, "planted", "test"), args
@@ -889,10 +830,10 @@ class NoRank:
         pass
 
 
-def trained(task, args, method, epochs=8):
+def trained(task, args, method, epochs=8, parts=None):
     args.epochs = epochs
-    training = pro_vpt.Training(task, NoRun(), args,
-                                pro_vpt.Job("planted", method, "test", 3, args.lr, 1e-4))
+    job = pro_vpt.Job("planted", method, "test", 3, args.lr, 1e-4)
+    training = pro_vpt.Training(task, NoRun(), args, job, parts)
     return training, pro_vpt.train(training, lambda now: None)
 
 
@@ -916,15 +857,6 @@ def test_the_teacher_itself_is_what_the_labels_say(planted_task):
     assert np.mean(a.test[1] == b.test[1]) < .6
 
 
-def test_adaptive_recovers_what_was_planted(planted_task, monkeypatch):
-    task, args = planted_task
-    monkeypatch.setattr(args, "head_init", "linear")  # the draw that 12 epochs are enough for
-    training, found = trained(task, args, "adaptive", 12)
-    assert pro_vpt.correlation(found["counts"][-1], task.truth) > .7
-    first = training.job.seed, [m[0] for m in found["moves"]]
-    assert first[1][0] >= 1 and max(first[1]) < 6  # early, none late
-
-
 # ================================================================================================
 # The command
 # ================================================================================================
@@ -935,7 +867,7 @@ def short(tmp_path_factory):
     root = tmp_path_factory.mktemp("short")
     write_vtab(root, ["kitti"])
     words = real_words(root, save_vit(root / "vit"), "--dataset", "vtab-kitti", "--seed", "3",
-                       "--method", "vpt-deep,pro-vpt", "--epochs", "40", "--threads", "1")
+                       "--method", "vpt-deep,pro-vpt", "--epochs", "40")
     return [str(w) for w in words]
 
 
@@ -989,23 +921,28 @@ def test_killed_and_resumed_ends_with_the_same_numbers(short, reference, tmp_pat
     assert_equal_runs(folder, reference[0])
 
 
-@pytest.mark.parametrize("options", [[], ["--allocator", "thompson"], ["--scores", "running"],
-                                     ["--dropout", ".1", "--idleness", "exact"]], ids=" ".join)
+@pytest.mark.parametrize("options", [[], ["--allocator", "thompson"], ["--dropout", ".1"]],
+                         ids=" ".join)
 def test_a_checkpoint_holds_the_allocator_and_its_buffer(options, tmp_path):
     """Taken up from every epoch, also where PPO's memory is under way."""
-    def save(now):
-        torch.save(common.to_device(now.state_dict(), "cpu"), tmp_path / f"{now.epoch}.pt")
-
-    whole = pro_vpt.train(make_training(*options), save)
-    memories = []
-    for epoch in range(1, 6):
-        state = torch.load(tmp_path / f"{epoch}.pt", weights_only=True)
-        again = make_training(*options)
-        again.load_state_dict(state)
-        assert pro_vpt.train(again, lambda now: None) == whole
-        memories.append([len(row) for row in state["allocator"].get("memory", [])])
+    states = continue_from_every_epoch(lambda: make_training(*options), tmp_path)
+    memories = [[len(row) for row in state["allocator"].get("memory", [])] for state in states]
     if not options:  # a move without its reward, and one with it
         assert [4] in memories and [5, 4] in memories
+
+
+def continue_from_every_epoch(make, folder):
+    """Six epochs of make() end the same when taken up from any checkpoint -> the checkpoints."""
+    def save(now):
+        torch.save(common.to_device(now.state_dict(), "cpu"), folder / f"{now.epoch}.pt")
+
+    whole = pro_vpt.train(make(), save)
+    states = [torch.load(folder / f"{epoch}.pt", weights_only=True) for epoch in range(1, 6)]
+    for state in states:
+        again = make()
+        again.load_state_dict(state)
+        assert pro_vpt.train(again, lambda now: None) == whole
+    return states
 
 
 def test_ctrl_c_says_how_to_go_on(short, tmp_path):
@@ -1021,9 +958,9 @@ def test_two_processes_give_the_numbers_of_one(short, tmp_path):
     """The batch is split over them, dropout included: equal up to the order of additions.
 
     Additions in another order differ by the rounding unit, and 40 epochs of SGD at rate .5 with
-    moved prompts in them make 10⁴ times as much of it: too much to compare in float32 (6e-8, and a
-    move that flips ends all likeness), nothing in float64 (1e-16). Bound: 10⁴ for what another
-    processor may do, 1e-16 · 10⁴ · 10⁴ = 1e-8.
+    moved prompts in them make up to 10³ times as much of it: too much to compare in float32 (6e-8,
+    and a move that flips ends all likeness), nothing in float64 (1e-16). Bound: 10³ for what
+    another processor may do, 1e-16 · 10³ · 10³ = 1e-10.
     """
     script = in_float64(tmp_path, "pro_vpt", """
         torch.set_default_dtype(torch.float64)  # of pictures
@@ -1032,24 +969,20 @@ def test_two_processes_give_the_numbers_of_one(short, tmp_path):
     out = run_in_one_and_two_processes(script, short, tmp_path)
     one, two = (result(f)["results"] for f in out)
     for key in one:
-        np.testing.assert_allclose(two[key]["losses"], one[key]["losses"], rtol=1e-8)
+        np.testing.assert_allclose(two[key]["losses"], one[key]["losses"], rtol=1e-10)
         assert two[key]["accuracy"] == one[key]["accuracy"]
         assert two[key]["moves"] == one[key]["moves"] and two[key]["counts"] == one[key]["counts"]
     assert len(one["vtab-kitti/pro-vpt/test/3"]["moves"]) > 5
 
 
 @pytest.mark.parametrize("options", [
-    ["--idleness", "norm"], ["--idleness", "post-ln"], ["--idleness", "exact"],
-    ["--allocator", "greedy"], ["--allocator", "random"], ["--relocate-every", "3"],
-    ["--move-scale", "1"], ["--reset-momentum"], ["--recipe", "official"], ["--dropout", ".1"],
-    ["--clip", "0"], ["--eps", "1e-3"], ["--scores", "running"], ["--warmup", "3"]], ids=" ".join)
+    ["--recipe", "official"], ["--dropout", ".1"], ["--clip", "0"], ["--eps", "1e-3"],
+    ["--warmup", "3"]], ids=" ".join)
 def test_options_change_the_run(options):
     plain_run, other = (pro_vpt.train(make_training("--epochs", "14", *words), lambda now: None)
                         for words in ([], options))
     assert (plain_run["losses"], plain_run["moves"]) != (other["losses"], other["moves"])
     assert len(other["moves"]) > 0
-    if options == ["--relocate-every", "3"]:
-        assert {m[0] for m in other["moves"]} <= {1, 4, 7, 10, 13}
     if options == ["--warmup", "3"]:
         assert min(m[0] for m in other["moves"]) >= 3
 
@@ -1070,7 +1003,6 @@ BAD = [
     (["--method", "fixed:1,2"], "6 numbers"),
     (["--truth", "1,2,3"], "6 whole numbers"),
     (["--truth", "0,0,0,0,0,0"], "not all 0"),
-    (["--scores", "running", "--idleness", "norm"], "taylor"),
     (["--grid-lr", "1,0", "--search"], "learns nothing"),
     (["--grid-wd", "a"], "separated by commas"),
     (["--device", "toaster"], "toaster"),
@@ -1078,7 +1010,7 @@ BAD = [
     (["--lr", "1e30", "--clip", "0", "--method", "full"], "not finite"),
 ]
 BAD_FLAGS = [["--epochs", "0"], ["--lr", "-1"], ["--dropout", "1"], ["--seed", "x"],
-             ["--nonsense"], ["--idleness", "best"], ["--clip", "nan"], ["--suite", "glue"]]
+             ["--nonsense"], ["--allocator", "best"], ["--clip", "nan"], ["--suite", "glue"]]
 
 
 @pytest.mark.parametrize("flags, words", BAD, ids=lambda v: " ".join(v)
@@ -1211,7 +1143,7 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     (tmp_path / "out" / "data").mkdir(parents=True)
     shutil.copytree(cache / "cache", tmp_path / "out" / "data" / "cache")
     words = ["benchmarks/pro_vpt_claims.py", "--out", tmp_path / "out", "--seeds", "3", "--truths",
-             "1", "--only", "1,2,11"]
+             "1", "--only", "1,2,11,12"]
     out, _ = finish(start(words[0], [*words[1:], "--epochs", "2"]))
     assert "C0 planted truth above uniform" in out and "C4 adaptive (ours) above uniform" in out
     monkeypatch.setattr(sys, "argv", [str(w) for w in [*words, "--summary"]])
@@ -1220,3 +1152,5 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     found = json.loads((tmp_path / "out" / "seed3-truth1.json").read_text())
     assert abs(found["scores"]["taylor, eps 1e-6, float64"]) <= 1
     assert found["scores"]["float32 against float64, eps 1e-6"] > .9
+    ours, control = (found["results"][n] for n in ("adaptive (ours)", pro_vpt_claims.CONTROL))
+    assert control["counts"] != ours["counts"] and control["moves"] > 0  # towards other blocks
