@@ -47,31 +47,34 @@ What was found by measuring (tests/test_pro_vpt.py and benchmarks/RESULTS.md hol
        it has 18 ± 7%, from the fifth on 4% or less. At the next scoring pass its |I| is 1.7 ± .3
        times the median, and it moves again at once in 12 ± 5% of cases (of 24 prompts; chance has
        4%). benchmarks/pro_vpt_moved.py, 5 seeds.
-    3  PPO normalises two returns, and two normalised numbers are ±.7071: it sees the sign of the
-       first reward only. How large a reward is never matters.
+    3  PPO normalises two returns, and two normalised numbers are ±.7071: of each two rewards it
+       sees the sign of the first only, and the second move's return has the other sign, whatever
+       it earned. How large a reward is does not matter.
     4  The authors' reward subtracts the next candidate's idleness, not the moved prompt's; their
        scores are clipped by a norm that the head dominates; "freezing" for the scoring pass sets
        flags that nothing reads (dropout stays on); their C = Σ batch mean / batch size is not the
-       mean loss; a moved prompt keeps its momentum. --recipe official does all of it. (Under torch
-       < 2 weight decay also shrank the gates that measure I; that is not reproduced.)
+       mean loss. --recipe official does all of it. A moved prompt keeps its momentum (in both
+       recipes). (Their I is the gradient of gates of 1 that multiply the prompts; under torch < 2
+       weight decay also shrank these gates, which is not reproduced.)
     beyond/pro_vpt_adaptive.py holds what we made of this: other scores, measured usefulness.
 
 Cost
-    A scoring pass and a training pass per epoch, 3 forward passes' worth each. Left out because the
-    result cannot change: what a block makes of the prompts (a prompt is a key and a value), all but
-    the class token in the last block, embedding fixed pictures again, scoring before the warm-up,
-    test evaluations that nobody asked for. benchmarks/pro_vpt_epoch.py measures it.
+    A scoring pass and a training pass per epoch, forwards and backwards through frozen weights
+    each. Left out because the result cannot change: what a block makes of the prompts (a prompt is
+    a key and a value), all but the class token in the last block, embedding fixed pictures again,
+    scoring during the warm-up, test evaluations that nobody asked for.
+    benchmarks/pro_vpt_epoch.py measures it.
 
 Results
     Whether relocation beats uniform prompts is being measured anew: earlier numbers, of the small
     world, had nn.Linear's draw of the head, and the authors' draw changes them. VTAB-1k (paper:
-    PRO-VPT 78.0, VPT-deep 76.4): not run, no weights on our machine. An epoch at ViT-B/16 size
-    takes 1/1.8 of the authors' arrangement's time.
+    PRO-VPT 78.0, VPT-deep 76.4): not run, no weights on our machine. An epoch at ViT-B/16 size is
+    1.8 times as fast as in the authors' arrangement.
 
 Where we depart (the marks can be searched for)
     DEVIATION 1   the reward uses the mean loss (--recipe official: the authors' C, finding 4).
     DEVIATION 2   the scores' gradients are not clipped (official: they are).
-    DEVIATION 3   no dropout while scoring (official: .1).
+    DEVIATION 3   no dropout while scoring (official: --dropout stays on).
     DEVIATION 4   every LayerNorm gets --eps, whatever the checkpoint's configuration says.
     UNSPECIFIED 1 E4's idleness correction: that of the prompt that moved.
     UNSPECIFIED 2 PPO's advantage subtracts the critic's value of when the action was chosen.
@@ -182,8 +185,9 @@ class PromptedViT(nn.Module):
         self.bound = math.sqrt(6 / (3 * patch ** 2 + width))
         prompts = torch.empty(sum(counts), width).uniform_(-self.bound, self.bound)
         self.prompts, self.head = nn.Parameter(prompts), nn.Linear(width, num_classes)
-        # VPT's head is wide, N(0, 2 / C), and begins with every class unlikely: σ(-4.595) = .01.
-        # nn.Linear's draw is 7 to 48 times smaller, and changes what the small world shows.
+        # VPT's head is wide, N(0, 2 / C). Its bias, σ(-4.595) = .01, is from heads with a sigmoid
+        # for each class; softmax does not see what all classes share. nn.Linear's draw is 7 to 48
+        # times smaller, and changes what the small world shows.
         if head_init == "vpt":
             nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
             nn.init.constant_(self.head.bias, -4.595)
@@ -247,8 +251,9 @@ def idleness_scores(prompts, gradients):
     # The paper asks what the loss would be if prompt k were taken out,
     #     I_k = L(with p_k) - L(without p_k),
     # and answers to first order around the prompt that is there: removing p_k is a step of -p_k,
-    # along which the loss changes by -g_kᵀ p_k. One backward pass scores all prompts. The authors'
-    # code reads the same number from a gate of 1 that multiplies each prompt: ∂L/∂gate_k = g_kᵀ p_k
+    # along which the loss changes by -g_kᵀ p_k. (At its end stands LN(0), LN's bias, which is still
+    # a key and a value: not quite a prompt that is gone.) One backward pass scores all of them. The
+    # authors read the same number from a gate of 1 that multiplies a prompt: ∂L/∂gate_k = g_kᵀ p_k
     # Eq. (E2): I_k ≈ g_kᵀ p_k, g_k = ∂L/∂p_k
     return (prompts * gradients).sum(-1)
 
@@ -263,7 +268,7 @@ def relocate(prompts, block, k, target, scale=1e-3):
         return
     # What the prompt learned, it learned in another block. It arrives small, so as not to disturb
     # the new one. After LN it is small only as far as ε makes it so (finding 1), and its gradient
-    # grows as its length shrinks (finding 2).
+    # grows as its length shrinks, until ε bounds it (finding 2).
     with torch.no_grad():
         # Eq. (E5): P_target <- P_target ∪ {10⁻³ p_k}
         prompts[k] *= scale
@@ -389,8 +394,8 @@ class ThompsonAllocator:
         self.wins, self.losses, self.last = [0] * num_blocks, [0] * num_blocks, None
 
     def choose(self, state, generator=None):
-        # A Beta draw from a seeded generator, which torch's own does not take: with whole numbers
-        # a, b the a-th smallest of a + b - 1 uniform draws is Beta(a, b). The same law as
+        # torch's Beta takes no generator of one's own, and every draw here has one. With whole
+        # numbers a, b the a-th smallest of a + b - 1 uniform draws is Beta(a, b). The same law as
         #     torch.distributions.Beta(w + 1, l + 1).sample()
         draws = [torch.rand(w + l + 1, generator=generator).sort()[0][w].item()
                  for w, l in zip(self.wins, self.losses, strict=True)]
@@ -560,8 +565,8 @@ def relocation(training, score=None, move=relocate, least=0.0):
     # Where untrained prompts stand says nothing yet: the first --warmup epochs only tune.
     if training.epoch < args.warmup:
         return
-    # Step 1. Freeze everything and pass over the training images once: the idleness of every prompt
-    # and the loss that the last epoch of tuning has led to.
+    # Step 1. One pass over the training images in which nothing is updated: the idleness of every
+    # prompt and the loss that the last epoch of tuning has led to.
     scores, loss = (score or training.recipe["score"])(training)  # (N,), number
     k = scores.argmax().item()  # the idlest, wherever it stands
     # Step 2. The loss is also the answer to the last move. Its prompt has been tuned for an epoch
@@ -625,8 +630,9 @@ def score_pass(training, rows=None, score=idleness_scores):
     """
     rows = training.model.prompts if rows is None else rows
     total, losses = 0, []
-    # Nothing is updated and nothing is random but the order of the images: I_k asks what a prompt
-    # does in the network that will be used, which has no dropout.
+    # Nothing is updated, and nothing is random but the order of the images (and their crops, where
+    # there is augmentation): I_k asks what a prompt does in the network that will be used,
+    # which has no dropout.
     for loss, (gradient,), size in gradients(training, [rows], "score"):
         total = total + score(rows.detach(), gradient).cpu()  # (N,)
         losses.append((loss.item(), size))
