@@ -3,11 +3,13 @@
     python benchmarks/elsa_claims.py                          the small world, 5 seeds
     python benchmarks/elsa_claims.py --summary                tables from what has been run already
     python benchmarks/elsa_claims.py --world trec --model DIR --max-length 32 --lr 2e-3 ...
-    python benchmarks/elsa_claims.py --read RUN               the models of one run of elsa.py read
-                                                              through every channel, and attacked
+    python benchmarks/elsa_claims.py --read RUN               the models of one run of elsa.py or
+                                                              beyond/elsa_*.py, read through every
+                                                              channel, and attacked
 
 Every (seed, setting) is one JSON file under --out, so the work can be stopped, continued, and split
-over processes with --seeds and --part I/N. The claims of the small world:
+over processes with --seeds and --part I/N. Channels, attacks and times are those of beyond/; where
+a setting names no channel, the small world sends 8 bits. The claims of the small world:
     C1  Clusters of the trusted clients are the domains, exactly.
     C2  Every poisoned client is trusted less than every honest one.
     C3  ELSA beats flat FedAvg by at least 20 points here, and ties (within 2 points) when the
@@ -30,6 +32,7 @@ from scipy import stats
 
 import common
 import elsa
+from beyond import elsa_attacks, elsa_channels, elsa_plan
 
 PLAIN = {"ssop": "none", "channel": "none"}
 
@@ -83,11 +86,20 @@ def plan(world):
     return found
 
 
+def parse(words):
+    """Flags of elsa.py with the channels of beyond/elsa_channels.py -> settings."""
+    seam = elsa_channels.SEAM
+    parser = elsa.build_parser(__doc__, seam["channels"], [elsa_channels.add_bits])
+    return elsa.resolve(parser.parse_args(words), seam["small"], seam["settle"])
+
+
 def cut_setup(setup, rank, seed):
     """The set-up with SS-OP of a smaller rank: singular vectors are nested."""
     turns = [elsa.SubspaceRotation.random_turn(rank, common.torch_generator(seed, "rotation", k))
              for k in range(len(setup["bases"]))]
-    return {**setup, "bases": [b[:, :rank].contiguous() for b in setup["bases"]], "turns": turns}
+    known = setup.setdefault("directions", {})  # of low rank: the first to need them shares them
+    return {**setup, "bases": [b[:, :rank].contiguous() for b in setup["bases"]], "turns": turns,
+            "directions": known}
 
 
 def measure(options, dataset, seed, wanted, folder, largest):
@@ -98,11 +110,11 @@ def measure(options, dataset, seed, wanted, folder, largest):
         return
     out = where / f"run-{common.cache_key(*names)}"  # parts of one seed may run side by side
     command = ["--dataset", dataset, "--seed", str(seed), "--out-dir", str(out),
-               "--overwrite", "--ssop-rank", str(largest), "--curve", *options]
-    args = elsa.resolve(elsa.build_parser().parse_args(command))
+               "--overwrite", "--ssop-rank", str(largest), *options]
+    args = parse(command)
     rank = {"tiny": 16}.get(args.model, 32)
     with common.Run(args, "claims") as run:
-        world = elsa.build_federation(args, run)
+        world = elsa.build_federation(args, run, elsa_channels.CHANNELS)
         setup, plain = elsa.set_up(world, run), dict(vars(args))
         for name in names:
             method, change = wanted[name]
@@ -116,9 +128,9 @@ def measure(options, dataset, seed, wanted, folder, largest):
                      "cpu_seconds": round(time.process_time() - start, 1)}
             if name == "elsa":
                 found |= grouping(world, small, history)
-                found["privacy"] = {r: elsa.privacy_report(world, cut_setup(setup, r, seed),
-                                                           state["cloud"])
-                                    for r in (8, 16, 32, 128, 384) if r <= largest}
+                found["privacy"] = {r: elsa_attacks.privacy_report(
+                    world, cut_setup(setup, r, seed), state["cloud"])
+                    for r in (8, 16, 32, 128, 384) if r <= largest}
             common.write_json(where / f"{name}.json", found)
             print(f"{dataset} seed {seed} {name}: served {history[-1]['served']:.2f}, "
                   f"{found['cpu_seconds']} CPU-s", file=sys.stderr, flush=True)
@@ -149,9 +161,9 @@ def grouping(world, setup, history):
                                    for g in good for b in bad) if bad else None,
             "distance_same": statistics.median(same),
             "distance_other": statistics.median(other) if other else None,
-            "seconds": elsa.round_seconds(world, groups, history),
-            "seconds_nearest": elsa.round_seconds(world, near, history),
-            "seconds_random": statistics.mean(elsa.round_seconds(
+            "seconds": elsa_plan.round_seconds(world, groups, history),
+            "seconds_nearest": elsa_plan.round_seconds(world, near, history),
+            "seconds_random": statistics.mean(elsa_plan.round_seconds(
                 world, {e: d[e::edges] for e in range(edges)}, history) for d in draws)}
 
 
@@ -159,16 +171,15 @@ def read_run(folder, only):
     """ELSA's final models of a finished run through every channel and kind of SS-OP, untrained for
     it, and the attacks at several ranks."""
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    flags = elsa.build_parser().parse_args([])
+    flags = parse([])
     vars(flags).update({k: v for k, v in settings.items() if v is not None}, resume=False,
                        overwrite=True, out_dir=folder / "read", data_dir=Path(settings["data_dir"]))
     with common.Run(flags, "read") as run:
         state = common.load_tensors(folder / "checkpoint.pt", "a checkpoint of elsa.py")["state"]
-        world, setup, models = elsa.build_federation(flags, run), state["setup"], state["trained"]
-        state, seed = models["elsa"], flags.seed
-        if not setup["directions"]:
-            setup["directions"] = {str(cut): elsa.public_directions(world, state["cloud"], cut)
-                                   for cut in set(world.cuts)}
+        world, setup = elsa.build_federation(flags, run, elsa_channels.CHANNELS), state["setup"]
+        state, seed = state["trained"]["elsa"], flags.seed
+        if "directions" not in setup:  # not trained through low rank: those of the trained model
+            setup["warm"] = state["cloud"]
         groups = list(elsa.place_clients(world, "elsa", setup)[0].values())
         cuts = {k: world.cuts[k] for g in groups for k in g}
         wanted = {"none": PLAIN, **channels()}
@@ -178,7 +189,7 @@ def read_run(folder, only):
         wanted = {n: f for n, f in wanted.items() if not only or n.replace(",", "") in only}
         largest = setup["bases"][0].shape[1]
         ranks = [r for r in (8, 32, 128) if r <= largest]
-        privacy = {r: elsa.privacy_report(world, cut_setup(setup, r, seed), state["cloud"])
+        privacy = {r: elsa_attacks.privacy_report(world, cut_setup(setup, r, seed), state["cloud"])
                    for r in ranks} if not only else {}
         if not only:
             print_attacks(world, flags, setup, state["cloud"], privacy)
@@ -187,7 +198,7 @@ def read_run(folder, only):
         x = None
         for name, change in wanted.items():
             vars(flags).update(change)
-            codecs, _ = elsa.make_codecs(flags, small, world.width, world.device, world.cuts[0])
+            codecs, _ = elsa.make_codecs(world, small, world.cuts[0])
             links = {k: elsa.make_link(world, small, k, codecs) for k in range(len(world.clients))}
             found = elsa.evaluate(world, run, groups, state, links, cuts)
             if x is None:
@@ -214,8 +225,8 @@ def print_attacks(world, flags, setup, state, by_rank):
     for name, change in channels().items():
         if not name.startswith("adapters") and not name.endswith("lsq"):  # lsq sends the same
             vars(flags).update(change)
-            codecs, _ = elsa.make_codecs(flags, setup, world.width, world.device, world.cuts[0])
-            rows = elsa.privacy_report(world, small, state, codecs[elsa.EXCHANGES[0]])
+            codecs, _ = elsa.make_codecs(world, setup, world.cuts[0])
+            rows = elsa_attacks.privacy_report(world, small, state, codecs.get(elsa.EXCHANGES[0]))
             print(f"| {name.removesuffix(' median')} | "
                   + " | ".join(f"{row[1]:.1f}" for row in rows) + " |", flush=True)
 
@@ -299,7 +310,8 @@ def main():
     parser.add_argument("--only", default=None, help="comma-separated settings (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/elsa-claims"),
                         help="default %(default)s")
-    parser.add_argument("--read", type=Path, default=None, help="a finished run of elsa.py")
+    parser.add_argument("--read", type=Path, default=None,
+                        help="a finished run of elsa.py or of beyond/elsa_*.py")
     parser.add_argument("--summary", action="store_true",
                         help="run nothing; print what --out holds")
     args, options = parser.parse_known_args()  # the rest goes to elsa.py

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel
 
 import elsa
+from beyond.elsa_channels import Codec, Projection
 
 
 def build(quick):
@@ -55,9 +56,9 @@ def links(width, rank):
              "ssop edge": elsa.Link({}, rotation, "edge")}
     for recovery in ("median", "lsq"):
         sketch = elsa.CountSketch(width, .5, 3, recovery, torch.Generator().manual_seed(0))
-        found[f"ssop link, sketch {recovery}"] = elsa.Link(codecs(elsa.Codec(sketch)), rotation)
-    found["ssop link, lowrank"] = elsa.Link(codecs(elsa.Codec(elsa.Projection(basis))), rotation)
-    found["ssop link, quant 8"] = elsa.Link(codecs(elsa.Codec(bits=8)), rotation)
+        found[f"ssop link, sketch {recovery}"] = elsa.Link(codecs(sketch), rotation)
+    found["ssop link, lowrank"] = elsa.Link(codecs(Codec(Projection(basis))), rotation)
+    found["ssop link, quant 8"] = elsa.Link(codecs(Codec(bits=8)), rotation)
     return found
 
 

@@ -1,4 +1,5 @@
 """ELSA: formulas against independent oracles, split against unsplit, the command, bad input."""
+import ast
 import copy
 import csv
 import io
@@ -19,10 +20,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.optimize import linear_sum_assignment
 from transformers import BertConfig, BertModel, BertTokenizer
-from transformers.masking_utils import create_bidirectional_mask
 
 import common
 import data
@@ -34,7 +32,7 @@ from tools import (
     finish,
     foreign_names,
     kill,
-    paste,
+    method_section,
     result,
     start,
     torchrun,
@@ -289,77 +287,75 @@ def test_sketch_with_one_row_and_no_compression_loses_nothing(recovery):
 
 
 def test_dense_states_break_the_median_and_lsq_never_exceeds_zeros():
-    """The reason for DEVIATION 1: relative error of standard normal vectors at ρ = 1/2."""
+    """Relative error of standard normal vectors at ρ = 1/2: why beyond/elsa_channels.py is."""
     x = randn(200, 96, dtype=torch.float32)
     error = {r: ((s.decode(s.encode(x)) - x).norm() / x.norm()).item() for r in ("median", "lsq")
              for s in [elsa.CountSketch(96, .5, 3, r, generator())]}
     assert error["median"] > 1.2 and .6 < error["lsq"] < .8
 
 
-def test_projection_keeps_its_subspace_and_drops_the_rest():
-    x = randn(50, 3) @ randn(3, 10, seed=1)  # rank 3
-    p = elsa.Projection(elsa.principal_directions(x, 3))
-    assert p.encode(x).shape == (50, 3)
-    torch.testing.assert_close(p.decode(p.encode(x)), x)
-    full = np.linalg.svd(x.numpy())[2][:2]
-    less = elsa.Projection(elsa.principal_directions(x, 2))
-    np.testing.assert_allclose(less.decode(less.encode(x)), x.numpy() @ full.T @ full, atol=1e-9)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_rounding_is_unbiased_within_a_step_and_has_the_levels(bits):
-    torch.manual_seed(0)
-    x = randn(1, 40)
-    found = torch.cat([elsa.quantise(x, bits) for _ in range(4000)])
-    step = x.abs().max() / (2 ** (bits - 1) - 1)
-    assert (found - x).abs().max() <= step * 1.0001
-    assert len(found.unique()) <= 2 ** bits - 1
-    levels = found / step
-    torch.testing.assert_close(levels, levels.round(), atol=1e-6, rtol=0)
-    assert (found.mean(0) - x[0]).abs().max() < 5 * step / math.sqrt(4 * 4000)
-    assert torch.equal(elsa.quantise(torch.zeros(2, 3), bits), torch.zeros(2, 3))
+def sent_as_it_is(x):
+    return x, 4 * x.numel()
 
 
 def test_adapter_updates_go_through_the_channel_alone():
     start = {"a": randn(3, 4), "b": randn(5, seed=1)}
     end = {n: t + randn(*t.shape, seed=2) for n, t in start.items()}
-    same, size = elsa.send_update(start, end, elsa.Codec(), 6)
+    same, size = elsa.send_update(start, end, sent_as_it_is, 6)
     torch.testing.assert_close(same, end)
     assert size == 4 * 18  # 17 numbers in vectors of 6
-    s = elsa.CountSketch(6, 1.0, 1, "median", generator())
-    exact, size = elsa.send_update(start, end, elsa.Codec(s), 6)
+    exact, size = elsa.send_update(
+        start, end, elsa.CountSketch(6, 1.0, 1, "median", generator()), 6)
     torch.testing.assert_close(exact, end, atol=1e-6, rtol=0)
-    lossy, size = elsa.send_update(start, end, elsa.Codec(bits=8), 6)
-    assert size == 18 + 4 * 3 and list(lossy) == list(start)
-    assert 0 < (lossy["a"] - end["a"]).abs().max() < .1
+    assert size == 4 * 18
+    half, size = elsa.send_update(start, end, elsa.CountSketch(6, .5, 1, "lsq", generator()), 6)
+    assert size == 4 * 9 and list(half) == list(start)
+    assert (half["a"] - end["a"]).abs().max() > .1  # lossy: the starts come through, not the ends
 
 
-def make_codecs(**flags):
+def make_codecs(channels=elsa.CHANNELS, setup=None, **flags):
     base = {"channel": "sketch", "ratio": .5, "sketch_rows": 1, "recovery": "lsq", "bits": 32,
             "sketch": "activations", "seed": 0}
-    directions = {n: torch.linalg.qr(randn(24, 24, seed=i, dtype=torch.float32))[0]
-                  for i, n in enumerate(elsa.EXCHANGES)}
-    setup = {"directions": {"(1, 2)": directions}}
-    return elsa.make_codecs(SimpleNamespace(**{**base, **flags}), setup, 24, "cpu", (1, 2))
+    world = SimpleNamespace(args=SimpleNamespace(**{**base, **flags}), channels=channels, width=D,
+                            device="cpu")
+    return elsa.make_codecs(world, setup or {}, (1, 2))
 
 
 B, T, D = 5, 7, 24
 
 
-@pytest.mark.parametrize("flags, vector", [
-    ({"channel": "none"}, 4 * D), ({}, 4 * D * .5), ({"ratio": .25, "sketch_rows": 3}, 4 * 6),
-    ({"channel": "lowrank", "ratio": .25}, 4 * D * .25), ({"bits": 8}, D * .5 + 4),
-    ({"channel": "quant", "bits": 8}, D + 4), ({"channel": "quant", "bits": 4}, D / 2 + 4),
-    ({"channel": "quant", "bits": 2}, D / 4 + 4), ({"sketch": "adapters"}, 4 * D)])
-@pytest.mark.parametrize("mode", ["none", "link", "edge"])
-def test_bytes_equal_the_formula_for_every_exchange(flags, vector, mode):
-    """4 · B · T · D · 4 bytes · ρ a step: states and gradients, up and down."""
-    codecs, _ = make_codecs(**flags)
+def bytes_of_a_step(codecs, mode):
+    """What one step of B texts of T tokens puts on the link, by exchange."""
     turn = None if mode == "none" else rotation(D, 4)
     link = elsa.Link(codecs, turn, mode)
     x = randn(B, T, D, dtype=torch.float32).requires_grad_()
     link.to_client(2 * link.to_edge(x)).sum().backward()
-    assert link.sent == dict.fromkeys(elsa.EXCHANGES, B * T * vector)
+    return link.sent
+
+
+@pytest.mark.parametrize("flags, vector", [
+    ({"channel": "none"}, 4 * D), ({}, 4 * D * .5), ({"ratio": .25, "sketch_rows": 3}, 4 * 6),
+    ({"sketch": "adapters"}, 4 * D), ({"sketch": "both"}, 4 * D * .5), ({"sketch": "none"}, 4 * D)])
+@pytest.mark.parametrize("mode", ["none", "link", "edge"])
+def test_bytes_equal_the_formula_for_every_exchange(flags, vector, mode):
+    """4 · B · T · D · 4 bytes · ρ a step: states and gradients, up and down."""
+    codecs, updates = make_codecs(**flags)
+    assert bytes_of_a_step(codecs, mode) == dict.fromkeys(elsa.EXCHANGES, B * T * vector)
+    assert (updates is not None) == (flags.get("sketch") in ("adapters", "both"))
+
+
+def test_each_exchange_has_its_own_codec_and_gradients_are_coded_once():
+    codecs = {n: elsa.CountSketch(D, .5, 1, "lsq", generator(i))
+              for i, n in enumerate(elsa.EXCHANGES)}
+    link = elsa.Link(codecs)
+    x, weight = randn(B, T, D).requires_grad_(), randn(B, T, D, seed=3)
+    y = link.to_client(link.to_edge(x))
+
+    def through(t, name):
+        return codecs[name](t)[0]
+    torch.testing.assert_close(y, through(through(x, "activations up"), "activations down"))
+    (y * weight).sum().backward()
+    torch.testing.assert_close(x.grad, through(through(weight, "gradients up"), "gradients down"))
 
 
 @pytest.mark.parametrize("mode", ["link", "edge"])
@@ -375,38 +371,6 @@ def test_gradients_through_a_rotated_link_are_the_chain_rule(mode):
     torch.testing.assert_close(x.grad, weight @ inner.T)
     if mode == "link":
         torch.testing.assert_close(y, x @ middle, atol=1e-5, rtol=1e-5)  # nothing is lost
-
-
-def test_each_exchange_has_its_own_codec_and_gradients_are_coded_once():
-    codecs, _ = make_codecs(channel="lowrank", ratio=.25)
-    link = elsa.Link(codecs)
-    x, weight = randn(B, T, D).requires_grad_(), randn(B, T, D, seed=3)
-    y = link.to_client(link.to_edge(x))
-
-    def project(t, name):
-        u = codecs[name].reduce.basis.double()
-        return t @ u @ u.T
-    torch.testing.assert_close(y, project(project(x, "activations up"), "activations down"))
-    (y * weight).sum().backward()
-    torch.testing.assert_close(x.grad, project(project(weight, "gradients up"), "gradients down"))
-
-
-def test_procrustes_finds_the_rotation_and_stays_near_the_identity_without_evidence():
-    w = torch.linalg.qr(randn(8, 8))[0]
-    known = randn(40, 8, seed=1)
-    torch.testing.assert_close(elsa.procrustes(known, known @ w, prior=1e-9), w)
-    few = elsa.procrustes(known[:2], known[:2])
-    torch.testing.assert_close(few, torch.eye(8).double(), atol=1e-6, rtol=0)
-
-
-def test_inverter_reads_words_that_are_linear_in_the_states():
-    table, mix = randn(30, 6), randn(6, 10, seed=1)
-    words = torch.randint(30, (200,), generator=generator())
-    states = table[words] @ mix + .3
-    inverter = elsa.fit_inverter(states, table[words], ridge=1e-9)
-    assert torch.equal(elsa.invert(states, inverter, table)[:, 0], words)
-    shuffled = elsa.invert(states[:, torch.randperm(10, generator=generator())], inverter, table)
-    assert (shuffled[:, 0] == words).float().mean() < .5
 
 
 # ================================================================================================
@@ -506,12 +470,20 @@ def test_link_mode_is_lossless_and_edge_mode_is_not():
     assert (edge - plain).abs().max() > 1e-3
 
 
-def test_method_section_pastes_with_torch_and_named_libraries():
-    pasted = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math, linkage=linkage,
-                   fcluster=fcluster, linear_sum_assignment=linear_sum_assignment,
-                   create_bidirectional_mask=create_bidirectional_mask)
+def test_method_section_pastes_with_torch_alone():
+    """Slow libraries are imported by the three functions that need them, nothing else is."""
+    source = method_section(ROOT / SCRIPT)
+    given = {"torch": torch, "nn": nn, "F": F, "math": math}
+    assert foreign_names(source, set(given)) == set()
+    found = [node for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {node.module.partition(".")[0] for node in found} == {"scipy", "transformers"}
+    assert all(node.col_offset > 0 for node in found)
+    pasted = dict(given)
+    exec(compile(source, "pasted", "exec"), pasted)
     torch.testing.assert_close(pasted["symmetric_kl"](gaussian(1), gaussian(2)),
                                elsa.symmetric_kl(gaussian(1), gaussian(2)))
+    assert pasted["cluster_clients"](torch.ones(2, 2) - torch.eye(2), 2) == [0, 1]
     assert "common" in foreign_names("def f():\n    return common.seed_for(0)\n", set())
 
 
@@ -638,6 +610,21 @@ def test_tiny_bert_learns_words_and_is_cached(tmp_path):
     assert mask.sum(1).tolist() == [4, 6] and (ids[:, 0] == ids[0, 0]).all()
 
 
+def test_poison_takes_turns_over_domains_and_spoils_training_labels_only():
+    labels, domain = torch.arange(60) % 3, [0, 1] * 3
+    clients = [(torch.arange(8 * k, 8 * k + 8), torch.tensor([50 + k])) for k in range(6)]
+    told, poisoned = data.poison_labels(labels, 3, clients, domain, "label-flip:2,random:2", 4)
+    assert sorted(poisoned.values()) == ["label-flip"] * 2 + ["random"] * 2
+    for kind in ("label-flip", "random"):
+        assert {domain[k] for k, name in poisoned.items() if name == kind} == {0, 1}
+    for k, (mine, test) in enumerate(clients):
+        assert torch.equal(told[test], labels[test])
+        if poisoned.get(k) == "label-flip":
+            assert torch.equal(told[mine], 2 - labels[mine])
+        else:
+            assert torch.equal(told[mine], labels[mine]) == (k not in poisoned)
+
+
 def test_small_world_shows_domains_and_liars(tmp_path):
     """The conditions of the small world: [CLS] holds topic and domain, the fingerprints group by
     domain, and who lies about labels is told from who does not."""
@@ -653,16 +640,6 @@ def test_small_world_shows_domains_and_liars(tmp_path):
     assert len(pairs) == 3 and len({c for _, c in pairs}) == 3
     assert min(setup["trust"][k] for k in world.honest) > \
         max(setup["trust"][k] for k in world.poisoned)
-    # The observer who sees what a channel sends instead of the states themselves
-    plain = elsa.privacy_report(world, setup, world.start)
-    assert [row[0] for row in plain] == ["in the clear", "under SS-OP", "complement", "Procrustes"]
-    assert plain[0][1] > 95 and plain[3][1] > 95 and plain[1][1] < 80
-    assert elsa.privacy_report(world, setup, world.start, elsa.Codec()) == plain
-    sketch = elsa.CountSketch(world.width, .25, generator=torch.Generator().manual_seed(0))
-    through = elsa.privacy_report(world, setup, world.start, elsa.Codec(sketch))
-    rounded = elsa.privacy_report(world, setup, world.start, elsa.Codec(None, 8))
-    assert 10 < through[0][1] < plain[0][1] - 5 and through[3][1] > through[1][1] + 10
-    assert max(abs(a[1] - b[1]) for a, b in zip(plain, rounded, strict=True)) < 10
 
 
 # ================================================================================================
@@ -670,10 +647,8 @@ def test_small_world_shows_domains_and_liars(tmp_path):
 # ================================================================================================
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def write_small(root):
     """A csv of four classes and a random 3-block BERT with its tokenizer, as directories."""
-    root = tmp_path_factory.mktemp("elsa")
     words = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "lmn"]  # 15 of each class
     rng = np.random.default_rng(0)
     with open(root / "texts.csv", "w", newline="") as handle:
@@ -689,6 +664,11 @@ def small(tmp_path_factory):
                          num_attention_heads=2, intermediate_size=32, max_position_embeddings=16)
               ).save_pretrained(root / "model")
     return root
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("elsa"))
 
 
 def arguments(small, *more):
@@ -723,8 +703,7 @@ LONG = ["--rounds", 12, "--method", "fedavg,elsa"]
 @pytest.fixture(scope="module")
 def reference(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "out"
-    out, err = finish(start(SCRIPT, arguments(small, *LONG, "--attack", "--curve", "--out-dir",
-                                              folder)))
+    out, err = finish(start(SCRIPT, arguments(small, *LONG, "--out-dir", folder)))
     return folder, out, err
 
 
@@ -735,11 +714,9 @@ def test_run_leaves_its_files_and_a_result_line(reference):
     assert err == "" and re.fullmatch(r"RESULT( \w+=\S+)+", out.strip().splitlines()[-1])
     found = result(folder)
     assert [h["round"] for h in found["results"]["elsa"]["history"]] == list(range(1, 13))
-    for table in ("words recovered", "read through a channel", "seconds of a round", "by edge"):
+    for table in ("links of ELSA", "before the first round", "by edge"):
         assert table in out
-    curve = {r[0]: r[1:] for r in found["curve"]}
-    assert curve["none"][:2] == [1.0, 0.0] and curve["quant, 8 bits"][0] == 1 / 4 + 4 / 64
-    assert 0 < curve["quant, 8 bits"][1] < .02 < curve["quant, 2 bits"][1]
+    assert not {"curve", "privacy", "seconds"} & set(found)  # these are of beyond/
 
 
 def test_bytes_of_a_run_are_those_of_its_texts(small, tmp_path):
@@ -765,23 +742,23 @@ def test_bytes_of_a_run_are_those_of_its_texts(small, tmp_path):
     adapters = 3 * 2 * 2 * 8 * 16 + 4 * 16 + 4  # blocks, q and v, A and B, rank, width; head
     assert found["adapters up"] == found["adapters down"] == 5 * adapters * 4
     assert found["edge-cloud"] == 2 * 2 * adapters * 4
-    elsa.main([*words[:-1], str(tmp_path / "b"), "--sketch", "both", "--channel", "quant"])
+    elsa.main([*words[:-1], str(tmp_path / "b"), "--sketch", "both", "--channel", "sketch"])
     coded = result(tmp_path / "b")["results"]["elsa"]["bytes"]
-    assert coded["gradients up"] == tokens * (16 + 4)
-    assert coded["adapters up"] == 5 * math.ceil(adapters / 16) * (16 + 4)
+    assert coded["gradients up"] == tokens * 6 * 4  # half of 16 in three rows: two sums each
+    assert coded["adapters up"] == 5 * math.ceil(adapters / 16) * 6 * 4
 
 
 def test_same_command_gives_the_same_numbers_and_another_seed_others(small, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert exit_code(elsa.main, arguments(small, "--channel", "quant", "--dropout", .1,
-                                              "--seed", seed, "--out-dir", tmp_path / name)) == 0
+        assert exit_code(elsa.main, arguments(small, "--dropout", .1, "--seed", seed, "--out-dir",
+                                              tmp_path / name)) == 0
     assert_equal_runs(tmp_path / "a", tmp_path / "b")
     assert result(tmp_path / "a")["distance"] != result(tmp_path / "c")["distance"]
 
 
 def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(small, reference, tmp_path):
     folder = tmp_path / "out"
-    words = arguments(small, *LONG, "--attack", "--curve", "--out-dir", folder)
+    words = arguments(small, *LONG, "--out-dir", folder)
     for rows in (5, 16):  # in FedAvg, then in ELSA
         kill(SCRIPT, words, folder, rows)
     finish(start(SCRIPT, [*words, "--resume"]))
@@ -798,8 +775,9 @@ def test_ctrl_c_says_how_to_go_on(small, tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(small, tmp_path):
-    words = arguments(small, "--method", "elsa,local", "--channel", "lowrank", "--bits", 8,
-                      "--split", "auto")
+    """Bit for bit: whichever process has a client trains it alone, with one thread, on the same
+    batches; what the processes exchange is added up in the order of the clients."""
+    words = arguments(small, "--method", "elsa,local", "--split", "auto")
     assert exit_code(elsa.main, [*words, "--out-dir", tmp_path / "one"]) == 0
     out, _ = finish(start(SCRIPT, [*words, "--out-dir", tmp_path / "two"], launcher=torchrun()))
     assert out.count("RESULT") == 1
@@ -822,7 +800,7 @@ PLAIN = ["--channel", "none", "--ssop", "none"]
 
 
 @pytest.mark.parametrize("flags", [
-    ["--ssop", "edge"], ["--no-trust", "--no-cluster"], ["--channel", "lowrank"],
+    ["--ssop", "edge"], ["--no-trust", "--no-cluster"], ["--channel", "sketch"],
     ["--channel", "sketch", "--recovery", "lsq"], ["--sketch", "both"],
     ["--poison", "label-flip:1,random:1"], ["--split", "0,3"], ["--cloud-mix", "0"],
     ["--local-epochs", "2"]], ids=" ".join)
@@ -835,24 +813,6 @@ def test_options_change_the_run(small, tmp_path, flags, plain_heads):
     else:
         assert len(a) != len(plain_heads) or any(
             not torch.equal(x, y) for x, y in zip(a, plain_heads, strict=True))
-
-
-def test_low_rank_directions_are_those_of_each_clients_cut(small, tmp_path):
-    """Other tensors cross at other cuts, which --split auto gives to other clients."""
-    args = elsa.resolve(elsa.build_parser().parse_args(arguments(
-        small, "--channel", "lowrank", "--out-dir", tmp_path / "out")))
-    with common.Run(args, "cuts") as run:
-        world = elsa.build_federation(args, run)
-        world.cuts[0], world.cuts[3] = (2, 2), (1, 3)
-        setup = elsa.set_up(world, run)
-        links, cuts, _ = elsa.open_links(world, "elsa", [list(range(5))], setup)
-    assert len(set(world.cuts)) > 1 and setup["directions"].keys() == {str(c) for c in world.cuts}
-    for k, cut in enumerate(world.cuts):
-        basis = links[k].codecs["activations down"].reduce.basis
-        mine = setup["directions"][str(cut)]["activations down"][:, :8]
-        assert cuts[k] == cut and torch.equal(basis, mine)
-    first, second = (setup["directions"][str(c)] for c in sorted(set(world.cuts))[:2])
-    assert not torch.allclose(first["activations down"], second["activations down"])
 
 
 @pytest.fixture(scope="module")
@@ -871,9 +831,16 @@ def test_flat_split_training_without_channel_is_fedavg(small, tmp_path):
     assert len(a) > 10 and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_edges_that_follow_the_cloud_every_round_are_fedavg(small, tmp_path):
+def test_edges_that_follow_the_cloud_every_round_are_fedavg(small, tmp_path, monkeypatch):
     """Means of means by samples are the mean: who keeps everybody and mixes fully is flat. Not so
-    when the cloud comes every other round."""
+    when the cloud comes every other round.
+
+    In float64, where the means differ by 1e-16 and gradients after them by 1e-15. AdamW divides by
+    1e-8 at least, so that 3 rounds of 4 steps differ by less than 12 · .01 · 1e-15 / 1e-8 = 1.2e-8.
+    """
+    federation = elsa.Federation
+    monkeypatch.setattr(elsa, "Federation", lambda args, run, texts, model, *rest: federation(
+        args, run, texts, model.double(), *rest))
     words = ["--method", "fedavg,elsa", "--channel", "none", "--ssop", "none", "--no-trust"]
     for every, same in ((1, True), (2, False)):
         out = tmp_path / str(every)
@@ -881,7 +848,8 @@ def test_edges_that_follow_the_cloud_every_round_are_fedavg(small, tmp_path):
         found = torch.load(out / "checkpoint.pt", weights_only=True)["state"]["trained"]
         flat, edges = found["fedavg"]["cloud"], found["elsa"]["cloud"]
         gap = max((flat[n] - edges[n]).abs().max().item() for n in flat)
-        assert len(found["elsa"]["edges"]) == 2 and (gap < 1e-5 if same else gap > 1e-3), gap
+        assert all(t.dtype == torch.float64 for t in flat.values())
+        assert len(found["elsa"]["edges"]) == 2 and (gap < 2e-8 if same else gap > 1e-3), gap
 
 
 # ------------------------------------------------------------------------------------------------
@@ -914,11 +882,11 @@ BAD = [
     (["--poison", "flip:2"], "label-flip:N"), (["--poison", "random:5"], "no honest"),
     (["--split", "2,1"], "0 <= P <= Q <= 3"), (["--split", "half"], "P,Q or auto"),
     (["--ssop-rank", "17"], "16 dimensions"), (["--ratio", "0.01"], "no bucket"),
-    (["--channel", "lowrank", "--sketch", "both"], "lowrank"), (["--probes", "/no.txt"], "/no.txt"),
+    (["--probes", "/no.txt"], "/no.txt"),
     (["--lr", "1e30"], "not finite"), (["--device", "toaster"], "toaster"),
     (["--resume"], "no run"),
 ]
-BAD_FLAGS = [["--rounds", "0"], ["--alpha", "-1"], ["--ratio", "2"], ["--bits", "3"],
+BAD_FLAGS = [["--rounds", "0"], ["--alpha", "-1"], ["--ratio", "2"],
              ["--seed", "x"], ["--nonsense"], ["--ssop", "all"], ["--lr", "nan"],
              ["--edge-lambda", "2"]]
 
@@ -975,17 +943,24 @@ def test_results_are_not_overwritten(reference, small, capsys):
     before = (folder / "result.json").read_bytes()
     assert exit_code(elsa.main, arguments(small, *LONG, "--out-dir", folder)) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert exit_code(elsa.main, arguments(small, *LONG, "--attack", "--curve", "--out-dir", folder,
-                                          "--resume", "--alpha", 2)) == 2
+    assert exit_code(elsa.main, arguments(small, *LONG, "--out-dir", folder, "--resume", "--alpha",
+                                          2)) == 2
     assert "alpha=2.0" in capsys.readouterr().err
     assert (folder / "result.json").read_bytes() == before
 
 
 def test_help_is_the_header_and_every_flag_has_a_text():
     out, _ = finish(start(SCRIPT, ["-h"]))
-    for words in ("The idea", "Paper map", "DEVIATION 1", "UNSPECIFIED 9", "--trust-factor"):
+    for words in ("The idea", "Paper map", "UNSPECIFIED 1", "UNSPECIFIED 9", "--trust-factor"):
         assert words in out
     assert all(a.help for a in elsa.build_parser()._actions)
+
+
+def test_marks_in_the_code_are_those_of_the_header():
+    header, code = elsa.__doc__, (ROOT / SCRIPT).read_text().partition("\n# Setup\n")[2]
+    for kind in ("DEVIATION", "UNSPECIFIED"):
+        listed, used = (set(re.findall(rf"{kind} (\d+)", text)) for text in (header, code))
+        assert listed == used and (kind == "DEVIATION" or len(used) == 9)
 
 
 def test_step_benchmark_runs():
