@@ -26,7 +26,7 @@ Paper map (P: the paper's as far as it could be read; O: ours)
     Step 2   P  fingerprint N(μ, Σ)         gaussian_fingerprint          projection, ridge: O
     Step 3   P  symmetric KL                symmetric_kl
     Step 4   P  trust by consistency        trust_scores                  formula: O
-    Step 5   O  clusters                    cluster_clients
+    Step 5   P  clusters                    cluster_clients               linkage, number: O
     Step 6   P  latency-aware edges         assign_edges                  rule: O
     Step 7   P  split in three              SplitEncoder, choose_cut (v2) budgets, rule: O
     Step 8   P  SS-OP                       SubspaceRotation, Link        formula, modes: O
@@ -48,9 +48,10 @@ Symbols
 Cost
     One step on the link: 4 · B · T · D · 4 bytes · ρ (states and gradients, up and down), T the
     longest text of the batch; a round adds two copies of φ a client. MiniLM (D = 384), 16 texts of
-    32 tokens: 3.15 MB a step, all adapters 295 kB. Simulating the split costs nothing: the parts
-    run in one autograd graph, nothing is copied (benchmarks/elsa_step.py measures it). SS-OP costs
-    4rD instead of 2D² operations a state, a sketch two products with (D, ρD).
+    32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters 295 kB. Simulating the split costs
+    nothing: the parts run in one autograd graph, nothing is copied (benchmarks/elsa_step.py
+    measures it). SS-OP costs 4rD instead of 2D² operations a state, a sketch two products with
+    (D, ρD).
 
 Results
     small world, under a CPU-minute, 5 seeds: served by FedAvg 46.6 ± 7.4, by ELSA's edges 91.4 ±
@@ -185,7 +186,8 @@ class CountSketch:
     width D; ratio ρ in (0, 1], w = ⌊ρD / k⌋ >= 1; recovery "median" or "mean" of the k estimates
     s_r(i) y_(r, h_r(i)) of x_i, or "lsq", the x̂ of least norm with that sketch.
     encode (..., D) -> (..., kw) is linear; decode goes back and is unbiased over the signs for mean
-    (and for median with k <= 2). With one row E‖x̂ - x‖² = (D / w - 1) ‖x‖² for w dividing D. The
+    and median (all other signs turned round turn the error round). With one row E‖x̂ - x‖² =
+    (D / w - 1) ‖x‖² for w dividing D. The
     count sketch was made for vectors with few large entries: dense states break its median.
     sketch(x) -> what the other side recovers, and the bytes that went: a codec, see Link.
 
@@ -295,14 +297,15 @@ class Link:
     instance a CountSketch; what has none is sent as it is. rotation: SubspaceRotation or None.
     mode: who knows W.
         "link"  client and edge. Whoever sends rotates, whoever receives turns back at once, in both
-                directions: part 2 computes on the true states, nothing is lost, and only those who
-                listen on the link are kept out.
+                directions: part 2 computes on the true states, nothing is lost but what a codec
+                loses, and only those who listen on the link are kept out. (V and Q must have
+                reached the edge by a safer way.)
         "edge"  the client alone. It rotates what leaves part 1 and turns back what enters part 3.
                 Between them the edge computes on H W as if it were H, which is not the same:
                 LayerNorm, attention and GELU do not commute with W. It costs accuracy, and the edge
-                never sees H.
-    Gradients take the same way backwards: the chain rule of a product with W is a product with Wᵀ,
-    so what is rotated on its way forwards is rotated on its way back.
+                sees H only outside V.
+    Gradients take the same way backwards: the chain rule of a product with W is a product with Wᵀ.
+    So what crosses is rotated in both directions, and whoever turned states turns gradients back.
     sent: bytes by exchange since it was last cleared.
     """
 
@@ -342,7 +345,7 @@ class Crossing(torch.autograd.Function):
     """A tensor crosses forwards, its gradient crosses back, each through the codec of its exchange.
 
     The gradient that arrives is taken for the gradient of what was sent (straight through). For a
-    channel that is a symmetric projection, such as the sketch with lsq, that is the true gradient.
+    channel that is a symmetric linear map, such as the sketch with lsq, that is the true gradient.
     """
 
     # Three programs that exchange tensors would do this, with c.. the codec of each message:
@@ -858,8 +861,9 @@ def client_round(world, start, client, link, cut, update_codec, round_):
         link.sent = dict.fromkeys(EXCHANGES, 0.0)
     end, loss = train_client(world, start, client, link, cut, ("round", round_),
                              (round_, world.args.rounds))
-    # φ travels whole, down at the start of the round and up at its end, unless --sketch compresses
-    # the way up. The way down is not: what is lost there would be lost to all clients of the edge.
+    # φ is counted whole, part 2's too, as if it were the client's: an upper bound. It goes down at
+    # the start of the round and up at its end, unless --sketch compresses the way up. The way down
+    # is not: what is lost there would be lost to all clients of the edge.
     whole = size = 4 * sum(t.numel() for t in start.values())  # bytes of all adapters and the head
     if update_codec is not None:
         end, size = send_update(start, end, update_codec, world.width)
