@@ -350,6 +350,7 @@ class World:
         self.problems, self.seeds, self.args = problems, seeds, args
         self.device, self.dtype, self.tuned = device, dtype, args.recipe == "tuned"
         self.n_objs, self.n_vars = [p.n_obj for p in problems], [p.n_var for p in problems]
+        # Networks answer in the unit cube; lower + width · x brings a solution to its task's bounds
         self.boxes = [(p.lower.to(device, dtype), (p.upper - p.lower).to(device, dtype))
                       for p in problems]
         grids = {m: test_preferences(m, args.eval_points).to(device, dtype)
@@ -367,6 +368,7 @@ class World:
                            generators, attend=method != "no-attention",
                            embed=method != "no-embedding")
         net = net.to(self.device, self.dtype)
+        # UNSPECIFIED 4: all methods get the same recipe; each its own learning rate
         lr = (args.tower_lr if peer else args.lr) if self.tuned else 1e-3
         betas = (.9, .95) if self.tuned else (.9, .999)
         return net, torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, betas,
@@ -374,6 +376,7 @@ class World:
 
     def preferences(self):
         """All training preferences, a pure function of the seeds: m -> (steps, S, B, m)."""
+        # Drawn before the first step, so that a resumed run need not know how far a generator was
         draw = even_preferences if self.tuned else dirichlet_preferences
         return {m: torch.stack([draw(self.args.steps, self.args.batch, m,
                                      common.torch_generator(s, "preferences", m))
@@ -444,6 +447,7 @@ def evaluate(world, net):
     All on (f - ideal) / (nadir - ideal): Hypervolume with reference 1.1, Range in radians (NaN for
     m > 3), Sparsity (smaller is denser). UNSPECIFIED 5.
     """
+    # On the scale of each task's own front, or tasks in tons would outweigh tasks in millimetres
     found = {s: {"hv": [], "range": [], "sparsity": []} for s in world.seeds}
     for problem, values in zip(world.problems, world.fronts(net), strict=True):
         f = (values.cpu().double() - problem.ideal) / (problem.nadir - problem.ideal)
@@ -460,6 +464,8 @@ def evaluate(world, net):
 @torch.no_grad()
 def attention_map(world, net):
     """Who looks at whom: mean attention weights over layers, heads, preferences -> seed: (K, K)."""
+    # What E2 weighs, averaged over all that one cannot look at: a row says how much a task's token
+    # takes from each of the others (and from itself). C4 of RESULTS.md says what it is not.
     maps = []
     net(world.test_batch(), maps=maps)
     mean = torch.stack(maps).mean(0)  # (S, K, K): row k reads, column j is read

@@ -309,6 +309,7 @@ class World:
         self.n_obj, self.device, self.dtype = problems[0].n_obj, device, dtype
         self.recipe = dict(TUNED if args.recipe == "tuned" else PAPER)
         self.recipe |= {k: getattr(args, k) for k in ("loss", "lr") if getattr(args, k) is not None}
+        # Networks answer in the unit cube; lower + width · x brings a solution to its problem's bounds
         self.boxes = [(p.lower.to(device, dtype), (p.upper - p.lower).to(device, dtype))
                       for p in problems]
         self.test = test_preferences(self.n_obj, args.eval_points, self.recipe["circle"])
@@ -325,6 +326,7 @@ class World:
 
     def preferences(self):
         """All training preferences, a pure function of the seeds: (steps, S, B, m)."""
+        # Drawn before the first step, so that a resumed run need not know how far a generator was
         draw = even_preferences if self.recipe["even"] else dirichlet_preferences
         return torch.stack([draw(self.args.steps, self.args.batch, self.n_obj,
                                  common.torch_generator(s, "preferences")) for s in self.seeds],
@@ -370,6 +372,7 @@ def train_step(world, net, optimizer, p, state):
     # the S seeds changes nothing: no seed's loss depends on another seed's parameters.
     loss = losses.sum()
     if weights is not None:
+        # GradNorm: the weights in force are those that the step before left behind
         norms = net.shared_gradient_norms(p, h, losses)
         loss = (weights.detach() * losses).sum()
     if recipe["saturation"]:
@@ -399,6 +402,9 @@ def evaluate(world, net):
     """
     f = world.values(net(world.test.expand(len(world.seeds), -1, -1)))  # (S, K, N, m)
     common.check_finite(f, "an objective of the learned fronts")
+    # The volume that a front dominates grows when its points come nearer to the true front and when
+    # they spread along it: one number for both. Points beyond the corner count nothing, and 1.1
+    # instead of 1 lets the ends of the front count something.
     corner = [1.1] * world.n_obj
 
     def volume(points, low, high):
@@ -422,7 +428,8 @@ def train(world, run, method, saved, save):
     state = {"ideal": None, "nadir": None, "weights": None, "first": None}
     trained = [(dict(net.named_parameters()), optimizer)]
     if method == "copsl-gradnorm":
-        # One weight a problem, 1 at first, with Adam settings like the network's.
+        # One weight a problem, 1 at first. It is no parameter of the network: L_k's own gradient
+        # would drive every weight to 0. Its Adam has settings like the network's.
         state["weights"] = torch.ones(len(world.seeds), len(world.problems), dtype=world.dtype,
                                       device=world.device, requires_grad=True)
         state["weigher"] = torch.optim.Adam([state["weights"]], recipe["lr"], recipe["betas"])
