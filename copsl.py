@@ -309,7 +309,7 @@ class World:
         self.n_obj, self.device, self.dtype = problems[0].n_obj, device, dtype
         self.recipe = dict(TUNED if args.recipe == "tuned" else PAPER)
         self.recipe |= {k: getattr(args, k) for k in ("loss", "lr") if getattr(args, k) is not None}
-        # Networks answer in the unit cube; lower + width · x brings a solution to its problem's bounds
+        # Networks answer in the unit cube; lower + width · x is the point in the problem's bounds
         self.boxes = [(p.lower.to(device, dtype), (p.upper - p.lower).to(device, dtype))
                       for p in problems]
         self.test = test_preferences(self.n_obj, args.eval_points, self.recipe["circle"])
