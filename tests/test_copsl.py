@@ -390,6 +390,7 @@ def test_forward_and_training_equal_a_loop_over_linear_layers(method, recipe):
     for s in range(2):
         expected = plain_training(w, method, s).state_dict()
         found = Plain(net, s).state_dict()
+        # Rounding of gradients is 1e-16, and Adam divides by 1e-8 at least: 20 · 5e-3 · 1e-8
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-9)
     for k, n in enumerate(net.n_vars):  # padding never changes
@@ -404,8 +405,9 @@ def test_seeds_at_once_equal_seeds_one_by_one(method, recipe):
     together = train(world("--recipe", recipe, seeds=(5, 6, 9)), method)
     for s, seed in enumerate((5, 6, 9)):
         alone = train(world("--recipe", recipe, seeds=(seed,)), method)
+        # No more than 20 · 5e-3 · 1e-16 / 1e-8, as above
         for a, b in zip(together.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(a[s], b[0], rtol=0, atol=1e-10)
+            torch.testing.assert_close(a[s], b[0], rtol=0, atol=1e-9)
 
 
 def test_number_of_parameters():
@@ -629,8 +631,9 @@ DOUBLE = "script.World = functools.partial(script.World, dtype=torch.float64)"
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     """Seeds do not see each other, but products of another number of seeds round otherwise.
 
-    Adam makes up to lr · u / (u + 1e-8) of the rounding u of a gradient that is 0, at each step: in
-    float32 (u near 1e-8) whole steps, in float64 (u below 1e-15) 200 · 5e-3 · 1e-7 = 1e-7 at most.
+    Adam divides a gradient by its own size, or by 1e-8 where it is smaller, so that its rounding u
+    becomes lr · u / 1e-8 a step at most: in float32 (u near 1e-8) whole steps, in float64 (u below
+    1e-15) 40 · 5e-3 · 1e-7 = 2e-8. Scores, to which hundreds of weights add up: 2e-6.
     """
     words = arguments("--seeds", 3, "--method", "copsl-gradnorm,psl", "--recipe", "tuned")
     one, two = run_in_one_and_two_processes(in_float64(tmp_path, "copsl", DOUBLE), words, tmp_path)
@@ -638,12 +641,12 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         expected = result(one)["results"][method]
         for key in ("hv", "hv_official", "initial_hv"):
             for name in ("f1", "f2"):
-                assert r[key][name] == pytest.approx(expected[key][name], abs=1e-5)
+                assert r[key][name] == pytest.approx(expected[key][name], abs=2e-6)
     a, b = trained(two), trained(one)
     assert a.keys() == b.keys() and len(a) == 2 * 3 * 6
     for name in a:
         assert a[name].dtype == torch.float64
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-7)
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-8)
 
 
 def test_more_processes_than_seeds_are_refused(tmp_path, monkeypatch, capsys):

@@ -842,10 +842,11 @@ def test_planted_world(planted_task):
     task, args = planted_task
     assert len(task.train.labels) == 600 and len(task.test.labels) == 1000
     assert np.bincount(task.train.labels).min() > 50 and task.num_classes == 6
-    _, linear = trained(task, args, "linear")
-    _, planted = trained(task, args, "planted")
-    _, wrong = trained(task, args, "fixed:20,4,0,0,0,0")
+    _, linear = trained(task, args, "linear", 12)
+    _, planted = trained(task, args, "planted", 12)
+    _, wrong = trained(task, args, "fixed:20,4,0,0,0,0", 12)
     assert 25 < linear["accuracy"] < 65
+    # Every kind of processor trains another small ViT: eight gave 15 to 23 points, std 3
     assert planted["accuracy"] > max(linear["accuracy"], wrong["accuracy"]) + 5
 
 
