@@ -912,3 +912,85 @@ def test_sparsity_of_hand_made_fronts():
     assert common.sparsity(torch.stack([even, 1 - even], 1)) == pytest.approx(2 * .01)
     assert common.sparsity([[3., 4.]]) == 0
     assert common.sparsity([[3., 4.], [3., 4.], [5., 5.]]) == 0
+
+
+# ================================================================================================
+# Flags one a line, names, presets
+# ================================================================================================
+
+
+def flags(*words):
+    parser = common.Parser("a script")
+    add = parser.group("method")
+    add("--rate", float, .5, "of learning", above=0, high=1)
+    add("--kind", ["a", "b"], None, "which one (default: by the data)")
+    add("--quiet", bool, False, "say nothing")
+    add("--crop", bool, None, "default: by the data")
+    add("--names", str, ["x"], "several", nargs="+")
+    return parser.parse_args(list(words)), parser
+
+
+def test_flags_have_their_defaults_kinds_and_help():
+    args, parser = flags()
+    assert vars(args) == {"rate": .5, "kind": None, "quiet": False, "crop": None, "names": ["x"]}
+    args, _ = flags("--rate", "1", "--kind", "b", "--quiet", "--no-crop", "--names", "y", "z")
+    assert vars(args) == {"rate": 1.0, "kind": "b", "quiet": True, "crop": False,
+                          "names": ["y", "z"]}
+    text = parser.format_help()
+    assert "of learning (default 0.5)" in text and text.count("(default: by the data)") == 1
+
+
+@pytest.mark.parametrize("words", [["--rate", "0"], ["--rate", "1.5"], ["--kind", "c"],
+                                   ["--quiet", "1"], ["--names"]], ids=" ".join)
+def test_flags_refuse_what_they_do_not_take(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags(*words)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_choose_lists_names_once_and_refuses_unknown_ones():
+    assert common.choose("b,a,b", ["a", "b", "c"]) == ["b", "a"]
+    assert common.choose("all", {"a": 1, "b": 2}) == ["a", "b"]
+    with pytest.raises(UserError, match="--method 'd' is unknown; there are a, b and all"):
+        common.choose("a,d", ["a", "b"])
+
+
+def test_fill_in_leaves_what_was_said():
+    args = argparse.Namespace(lr=0, rounds=None, method=None)
+    common.fill_in(args, {"lr": 1, "rounds": 5})
+    assert (args.lr, args.rounds, args.method) == (0, 5, None)
+
+
+# ================================================================================================
+# Networks side by side
+# ================================================================================================
+
+
+def test_packed_seeds_go_on_alone_as_they_would_have_together():
+    """Two seeds trained together, taken apart after 3 steps: seed 7 alone ends where it would."""
+    def fresh(seeds):
+        p = {"w": torch.stack([torch.full((2,), float(s)) for s in seeds]).double()}
+        p["w"].requires_grad_()
+        return p, torch.optim.Adam(p.values(), .1, fused=True)
+
+    def steps(p, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            (p["w"] ** 2).sum().backward()
+            optimizer.step()
+
+    together, optimizer = fresh((5, 7))
+    steps(together, optimizer, 3)
+    low = torch.tensor([[1.], [2.]])
+    packed = common.pack_seeds((5, 7), [(together, optimizer)], {"low": low, "none": None})
+    steps(together, optimizer, 4)
+    alone, other = fresh((7,))
+    more = common.unpack_seeds(packed, (7,), [(alone, other)], "cpu")
+    assert more.keys() == {"low"} and more["low"].tolist() == [[2.]]
+    steps(alone, other, 4)
+    torch.testing.assert_close(alone["w"][0], together["w"][1], rtol=0, atol=1e-14)
+
+
+def test_spread_of_seeds():
+    assert common.spread([1., 3.]) == "2.0000 ±1.4142" and common.spread([2.], 1) == "2.0"
+    assert common.spread([1., None]) == "-"
