@@ -405,9 +405,9 @@ def test_seeds_at_once_equal_seeds_one_by_one(method, recipe):
     together = train(world("--recipe", recipe, seeds=(5, 6, 9)), method)
     for s, seed in enumerate((5, 6, 9)):
         alone = train(world("--recipe", recipe, seeds=(seed,)), method)
-        # No more than 20 · 5e-3 · 1e-16 / 1e-8, as above
+        # At most 20 · 5e-3 · 1e-16 / 1e-8, as above, and only where a gradient is 0: 4e-15 in fact
         for a, b in zip(together.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(a[s], b[0], rtol=0, atol=1e-9)
+            torch.testing.assert_close(a[s], b[0], rtol=0, atol=1e-10)
 
 
 def test_number_of_parameters():

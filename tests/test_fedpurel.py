@@ -673,7 +673,7 @@ def test_a_round_and_its_evaluation_equal_the_plain_arrangement(kind):
     assert_equal_parameters(world, state["global"], mean)
     private = [plain_stage_2(world, start["base"], mean, k) for k in range(3)]
     for k in range(3):
-        assert_equal_parameters(world, state["private"][k], private[k], 1e-9)
+        assert_equal_parameters(world, state["private"][k], private[k], 1e-8)  # as stage 2 above
 
     pixels = next(world.pool.batches([world.test]))
     guess = plain.predict_global(mean, pixels, batch=5)

@@ -5,9 +5,11 @@ import dis
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import types
@@ -94,12 +96,26 @@ def wait_for_rows(folder, n, process):
         time.sleep(.01)
 
 
-def kill(script, words, folder, rows):
-    """Start a run, or go on with it, and kill it as soon as its log holds so many rows."""
-    process = start(script, [*words, "--resume"] if folder.exists() else words)
-    wait_for_rows(folder, rows, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def kill(script, words, folder, rows, tries=5):
+    """Start a run, or go on with it, and kill it as soon as its log holds so many rows.
+
+    Where this process was held up for so long that the run ended first, it is tried again from
+    where it stood.
+    """
+    kept = Path(tempfile.mkdtemp()) / "kept"
+    if folder.exists():
+        shutil.copytree(folder, kept)
+    for _ in range(tries):
+        process = start(script, [*words, "--resume"] if folder.exists() else words)
+        wait_for_rows(folder, rows, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode != 0:
+            break
+        shutil.rmtree(folder)
+        if kept.exists():
+            shutil.copytree(kept, folder)
+    shutil.rmtree(kept.parent)
     assert process.returncode == -signal.SIGKILL and not (folder / "result.json").exists()
 
 
