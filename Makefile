@@ -20,6 +20,7 @@ bench: $(ENV)/.ready
 	$(PY) benchmarks/coaction_claims.py
 	$(PY) benchmarks/pro_vpt_epoch.py
 	$(PY) benchmarks/pro_vpt_claims.py
+	$(PY) benchmarks/pro_vpt_moved.py
 	$(PY) benchmarks/elsa_step.py
 	$(PY) benchmarks/elsa_claims.py
 
