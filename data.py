@@ -4,15 +4,18 @@ Image sets   `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, D
              Fashion-MNIST through torchvision; Stanford Dogs, ImageNet-LT and Places-LT from their
              own files; `folder:PATH` from any ImageFolder tree; `shapes` rendered here.
 Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`, `long_tailed`
-Clients      `pachinko_partition` (two label levels), `dirichlet_partition`
-Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH, `topics`; `tiny_bert`, `text_encoder`
+Clients      `pachinko_partition` (two label levels), `dirichlet_partition`, `federated_clients`
+Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH, `topics`; `text_clients`,
+             `poison_labels`, `draw_network`; `load_encoder`: `tiny_bert`, `text_encoder`
 Reading      `ImagePool`: images through a transform, in memory when they are small
-Transfer     `load_splits` (VTAB-1k, FGVC, folders), `vit_backbone`, `tiny_vit`, `planted`
+Transfer     `load_splits` (VTAB-1k, FGVC, folders), `frozen_vit`, `transfer_task`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
              `encode_once` (image features, cached)
 Federation   `load_federation` -> FederatedImages: long tail, clients, CLIP and features of a run
-Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE, the multitask suite MTMO;
-             `reference_front`, `das_dennis`
+Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE (TABLE), the multitask
+             suite MTMO; `reference_front`, `das_dennis`
+
+Each section can be read alone.
 """
 import csv
 import difflib
@@ -2455,12 +2458,64 @@ def das_dennis(n_obj, count):
     return (cuts.diff(dim=-1) - 1) / parts
 
 
-SIDE_IMPACT = ([.5, .45, .5, .5, .875, .4, .4], [1.5, 1.35, 1.5, 1.5, 2.625, 1.2, 1.2])
+SIDE_IMPACT = [.5, .45, .5, .5, .875, .4, .4], [1.5, 1.35, 1.5, 1.5, 2.625, 1.2, 1.2]
+TOP = 1 - math.exp(-4)
+
+# Problems that are one formula in one box. First line: function, lower and upper bounds of the
+# variables. Second line: ideal and nadir of the front, as the publication has them.
+TABLE = {
+    "vlmop1": (_vlmop1, [-2], [4],
+               [0, 0], [4, 4]),
+    "vlmop2": (_vlmop2, [-2] * 6, [2] * 6,
+               [0, 0], [TOP, TOP]),
+    "vlmop3": (_vlmop3, [-3, -3], [3, 3],
+               [0, 15, -.1], [8.25, 17.07, .2]),
+    "re21": (_re21, [1, 2 ** .5, 2 ** .5, 1], [3, 3, 3, 3],
+             [1237.8414230005742, .002761423749158419], [2886.3695604236013, .04]),
+    "re22": (_re22, [.2, 0, 0], [15, 20, 40],
+             [5.88, 0], [361.262944647, 180.01547]),
+    "re23": (_re23, [1, 1, 10, 10], [100, 100, 200, 240],
+             [15.9018007813, 0], [5852.05896876, 1288669.78054]),
+    "re24": (_re24, [.5, .5], [4, 50],
+             [60.5, 0], [481.608088535, 44.2819047619]),
+    "re25": (_re25, [1, .6, .09], [70, 3, .5],
+             [.037591349242869145, 0], [.40397042546, 2224669.22419]),
+    "re31": (_re31, [1e-5, 1e-5, 1], [100, 100, 3],
+             [5.53731918799e-05, .333333333333, 0], [500.002668442, 8246211.25124, 19359919.7502]),
+    "re32": (_re32, [.125, .1, .1, .125], [5, 10, 10, 5],
+             [.0102055, .00043904, 0], [37.7831517014, 17561.6, 425062976.628]),
+    "re33": (_re33, [55, 75, 1000, 11], [80, 110, 3000, 20],
+             [-.721525, 1.13907203907, 0], [5.3067, 3.12833430979, 25]),
+    "re34": (_re34, [1, 1, 1, 1, 1], [3, 3, 3, 3, 3],
+             [1661.7078225, 6.14280000608, .0394], [1695.2002035, 10.7454, .264]),
+    "re35": (_re35, [2.6, .7, 17, 7.3, 7.3, 2.9, 5], [3.6, .8, 28, 8.3, 8.3, 3.9, 5.5],
+             [2352.34611145, 694.233587469, 0], [6704.53, 1695.96387746, 397.358927317]),
+    "re36": (_re36, [12, 12, 12, 12], [60, 60, 60, 60],
+             [0, 12, 0], [5.931, 56, .355720675227]),
+    "re37": (_re37, [0, 0, 0, 0], [1, 1, 1, 1],
+             [.00889341391106, .00488, -.431499999825],
+             [.98949120096, .956587924661, .987530948586]),
+    "re41": (_re41, *SIDE_IMPACT,
+             [15.576004, 3.58525, 10.61064375, 0],
+             [39.2905121788, 4.42725, 13.09138125, 9.49401929991]),
+    "re42": (_re42, [150, 20, 13, 10, 14, .63], [274.32, 32.31, 25, 11.71, 18, .75],
+             [-2756.25904006, 3962.55784323, 1947.88085693, 0],
+             [-1010.52295952, 13827.1384563, 2611.96681074, 12.437669929732]),
+    "re61": (_re61, [.01, .01, .01], [.45, .1, .1],
+             [63840.2774, 30, 285346.896494, 183749.967061, 7.22222222222, 0],
+             [83060.744, 1350, 2853468.96494, 7076861.67064, 87748.6339553, 2.50994535821]),
+}
+# What the authors of CoPSL divide by, where it is not the nadir of the table
+HV_NADIR = {"vlmop2": [1, 1], "vlmop3": [10, 60, 1], "re31": [500, 9e6, 2e7],
+            "re32": [35.3096156, 17561.6, 425062977],
+            "re34": [1695.72022, 11.81993945, .2903999384]}
+TABLE_FRONTS = {
+    "vlmop1": lambda count: _vlmop1(2 * _grid(count, 1)),
+    "vlmop2": lambda count: _vlmop2((2 * _grid(count, 1) - 1).expand(-1, 6) / 6 ** .5)}
 
 
 def _simple_problems():
     """name -> the arguments of Problem after its name, for all problems without options."""
-    wide = [3, 3, 3, 3]
     lin, zdt_source, dtlz_source, vlmop_source, suite = (
         "Lin et al. 2022 (PSL-MOBO)", "Zitzler et al. 2000", "Deb et al. 2002",
         "Van Veldhuizen 1999, bounds of Lin et al. 2022", "RE suite, Tanabe and Ishibuchi 2020")
@@ -2479,48 +2534,9 @@ def _simple_problems():
         n = m + (4 if k == 1 else 9)  # the authors' 5 and 10 variables beside the place
         found[f"dtlz{k}-{m}"] = (dtlz(k, m), [0] * n, [1] * n, [0] * m, [.5 if k == 1 else 1] * m,
                                  dtlz_source, None, _dtlz_front(k, m))
-    top = 1 - math.exp(-4)
-    found |= {
-        "vlmop1": (_vlmop1, [-2], [4], [0, 0], [4, 4], vlmop_source, None,
-                   lambda count: _vlmop1(2 * _grid(count, 1))),
-        "vlmop2": (_vlmop2, [-2] * 6, [2] * 6, [0, 0], [top, top], vlmop_source, [1, 1],
-                   lambda count: _vlmop2((2 * _grid(count, 1) - 1).expand(-1, 6) / 6 ** .5)),
-        "vlmop3": (_vlmop3, [-3] * 2, [3] * 2, [0, 15, -.1], [8.25, 17.07, .2], vlmop_source,
-                   [10, 60, 1]),
-        "re21": (_re21, [1, 2 ** .5, 2 ** .5, 1], wide, [1237.8414230005742, .002761423749158419],
-                 [2886.3695604236013, .04], suite),
-        "re22": (_re22, [.2, 0, 0], [15, 20, 40], [5.88, 0], [361.262944647, 180.01547], suite),
-        "re23": (_re23, [1, 1, 10, 10], [100, 100, 200, 240], [15.9018007813, 0],
-                 [5852.05896876, 1288669.78054], suite),
-        "re24": (_re24, [.5, .5], [4, 50], [60.5, 0], [481.608088535, 44.2819047619], suite),
-        "re25": (_re25, [1, .6, .09], [70, 3, .5], [.037591349242869145, 0],
-                 [.40397042546, 2224669.22419], suite),
-        "re31": (_re31, [1e-5, 1e-5, 1], [100, 100, 3], [5.53731918799e-05, .333333333333, 0],
-                 [500.002668442, 8246211.25124, 19359919.7502], suite, [500, 9e6, 2e7]),
-        "re32": (_re32, [.125, .1, .1, .125], [5, 10, 10, 5], [.0102055, .00043904, 0],
-                 [37.7831517014, 17561.6, 425062976.628], suite,
-                 [35.3096156, 17561.6, 425062977]),
-        "re33": (_re33, [55, 75, 1000, 11], [80, 110, 3000, 20], [-.721525, 1.13907203907, 0],
-                 [5.3067, 3.12833430979, 25], suite),
-        "re34": (_re34, [1] * 5, [*wide, 3], [1661.7078225, 6.14280000608, .0394],
-                 [1695.2002035, 10.7454, .264], suite,
-                 [1695.72022, 11.81993945, .2903999384]),
-        "re35": (_re35, [2.6, .7, 17, 7.3, 7.3, 2.9, 5], [3.6, .8, 28, 8.3, 8.3, 3.9, 5.5],
-                 [2352.34611145, 694.233587469, 0],
-                 [6704.53, 1695.96387746, 397.358927317], suite),
-        "re36": (_re36, [12] * 4, [60] * 4, [0, 12, 0], [5.931, 56, .355720675227], suite),
-        "re37": (_re37, [0] * 4, [1] * 4, [.00889341391106, .00488, -.431499999825],
-                 [.98949120096, .956587924661, .987530948586], suite),
-        "re41": (_re41, *SIDE_IMPACT, [15.576004, 3.58525, 10.61064375, 0],
-                 [39.2905121788, 4.42725, 13.09138125, 9.49401929991], suite),
-        "re42": (_re42, [150, 20, 13, 10, 14, .63], [274.32, 32.31, 25, 11.71, 18, .75],
-                 [-2756.25904006, 3962.55784323, 1947.88085693, 0],
-                 [-1010.52295952, 13827.1384563, 2611.96681074, 12.437669929732], suite),
-        "re61": (_re61, [.01] * 3, [.45, .1, .1],
-                 [63840.2774, 30, 285346.896494, 183749.967061, 7.22222222222, 0],
-                 [83060.744, 1350, 2853468.96494, 7076861.67064, 87748.6339553, 2.50994535821],
-                 suite),
-    }
+    for name, row in TABLE.items():
+        source = vlmop_source if name.startswith("vlmop") else suite
+        found[name] = (*row, source, HV_NADIR.get(name), TABLE_FRONTS.get(name))
     return found
 
 
