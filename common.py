@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
             else:
                 bounds = {k: more.pop(k) for k in ("low", "high", "above") if k in more}
                 more["type"] = number(kind, **bounds) if kind in (int, float) else kind
-            if default not in (None, False) and "default" not in text:
+            if default is not None and default is not False and "default" not in text:
                 text += " (default %(default)s)"
             group.add_argument(name, default=default, help=text, **more)
         return add

@@ -187,8 +187,8 @@ class CountSketch:
     s_r(i) y_(r, h_r(i)) of x_i, or "lsq", the x̂ of least norm with that sketch.
     encode (..., D) -> (..., kw) is linear; decode goes back and is unbiased over the signs for mean
     and median (all other signs turned round turn the error round). With one row E‖x̂ - x‖² =
-    (D / w - 1) ‖x‖² for w dividing D. The
-    count sketch was made for vectors with few large entries: dense states break its median.
+    (D / w - 1) ‖x‖² for w dividing D. The count sketch was made for vectors with few large
+    entries: dense states break its median.
     sketch(x) -> what the other side recovers, and the bytes that went: a codec, see Link.
 
     UNSPECIFIED 8: hashes are drawn once per run, and each row deals a random permutation over its

@@ -743,9 +743,8 @@ def tune_private(world, start, global_params, client, round_):
     # l_G is this round's aggregate, purified and balanced; nothing here changes it. The private
     # branch, of the same form, learns what has to be added for this client: a residual in logit
     # space. (It is a student like the global one, so l_P are the logits of a whole model, not small
-    # ones: at the start both say the same, and E7 moves l_P to what the sum lacks.) To mix the
-    # parameters of both instead would pass the bias of one on to the other. Plain SGD, without
-    # momentum or decay.
+    # ones; E7 moves them to what the sum lacks.) To mix the parameters of both instead would pass
+    # the bias of one on to the other. Plain SGD, without momentum or decay.
     args = world.args
     params = {n: p.clone().requires_grad_() for n, p in start.items()}
     optimizer = torch.optim.SGD(params.values(), args.private_lr)

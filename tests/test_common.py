@@ -927,17 +927,20 @@ def flags(*words):
     add("--quiet", bool, False, "say nothing")
     add("--crop", bool, None, "default: by the data")
     add("--names", str, ["x"], "several", nargs="+")
+    add("--workers", int, 0, "processes", low=0)
     return parser.parse_args(list(words)), parser
 
 
 def test_flags_have_their_defaults_kinds_and_help():
     args, parser = flags()
-    assert vars(args) == {"rate": .5, "kind": None, "quiet": False, "crop": None, "names": ["x"]}
+    assert vars(args) == {"rate": .5, "kind": None, "quiet": False, "crop": None, "names": ["x"],
+                          "workers": 0}
     args, _ = flags("--rate", "1", "--kind", "b", "--quiet", "--no-crop", "--names", "y", "z")
     assert vars(args) == {"rate": 1.0, "kind": "b", "quiet": True, "crop": False,
-                          "names": ["y", "z"]}
+                          "names": ["y", "z"], "workers": 0}
     text = parser.format_help()
-    assert "of learning (default 0.5)" in text and text.count("(default: by the data)") == 1
+    assert "of learning (default 0.5)" in text and "processes (default 0)" in text
+    assert text.count("(default: by the data)") == 1
 
 
 @pytest.mark.parametrize("words", [["--rate", "0"], ["--rate", "1.5"], ["--kind", "c"],
