@@ -635,10 +635,10 @@ def report(world, run, state):
     if missing:
         print(f"no {', '.join(missing)} in {args.data_dir / 'mtmo'}: random matrices stand in for "
               "the competition's, so numbers of these tasks compare with nobody else's")
-    draw_figure(world, state, results, run.out_dir / "figure.png")
     shown = "coaction" if "coaction" in results else list(results)[-1]
     run.finish({"problems": names, "recipe": args.recipe, "seed": args.seed, "seeds": args.seeds,
                 "stand_in_matrices": missing, "results": results},
+               lambda path: draw_figure(world, state, results, path),
                script="coaction", suite=args.suite or "own", method=shown, recipe=args.recipe,
                seeds=args.seeds, hv=means[shown],
                **{f"hv_{m.replace('-', '_')}": v for m, v in means.items() if m != shown},

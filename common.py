@@ -11,6 +11,8 @@ Run contract
                 resumed ends with the numbers of the uninterrupted one, bit for bit (CPU).
     processes   under torchrun, `Run.share` splits a list over the ranks and `Run.gather` merges the
                 results in every rank. Only rank 0 writes and prints.
+    sources     `Run.source` says on stderr what was read and what was left out; `--resume` refuses
+                to go on when it has changed.
     errors      `UserError` becomes one line on stderr and exit code 2 (NaN: 3, Ctrl-C: 130).
 
 Contents, each section to be read alone
@@ -32,6 +34,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -64,6 +67,9 @@ class UserError(Exception):
 def run_cli(main):
     """Call `main()`; turn what a user can cause into one line on stderr and an exit code."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):  # a name that this terminal cannot show ends no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -197,6 +203,15 @@ def seed_torch(seed, *purpose):
 # ------------------------------------------------------------------------------------------------
 
 
+def printable(name):
+    """A file name as text: bytes of it that are no UTF-8 are read as Windows' Latin-1."""
+    try:
+        name.encode()
+        return name
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("cp1252", "backslashreplace")
+
+
 @contextlib.contextmanager
 def hold_interrupts():
     """Let a Ctrl-C that arrives inside the block wait for its end."""
@@ -232,9 +247,20 @@ def atomic_write(path, write):
             temporary.unlink(missing_ok=True)
 
 
+def strict_json(value, **options):
+    """`value` as JSON that every reader takes: NaN and infinity, which JSON lacks, become null."""
+    def known(v):
+        if isinstance(v, dict):
+            return {k: known(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [known(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+    return json.dumps(known(value), allow_nan=False, **options)
+
+
 def write_json(path, value):
-    """`value` as readable JSON, atomically."""
-    atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+    """`value` as readable, strict JSON, atomically."""
+    atomic_write(path, lambda p: p.write_text(strict_json(value, indent=2) + "\n"))
 
 
 def load_tensors(path, expected):
@@ -260,7 +286,33 @@ def cached(path, make, what):
 
 def cache_key(*parts):
     """A short hash of everything that made a cached file (settings, source text, other keys)."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def fingerprint(content):
+    """A short hash of tensors, arrays, modules, text, numbers, and lists or dicts of these."""
+    digest = hashlib.blake2b(digest_size=12)
+
+    def add(value):
+        if isinstance(value, torch.nn.Module):
+            value = value.state_dict()
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous()
+            digest.update(repr((value.dtype, tuple(value.shape))).encode())
+            digest.update(value.flatten().view(torch.uint8).numpy())
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            digest.update(repr((value.dtype.str, value.shape)).encode())
+            digest.update(np.ascontiguousarray(value).view(np.uint8))
+        elif isinstance(value, dict):
+            add(list(value.items()))
+        elif isinstance(value, (list, tuple, np.ndarray)):
+            digest.update(f"[{len(value)}]".encode())
+            for v in value:
+                add(v)
+        else:
+            digest.update(repr(value).encode(errors="surrogateescape") + b";")
+    add(content)
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,11 +350,12 @@ class Run:
 
     with Run(args, title) as run:          # title names the default folder: runs/<title>-N
         state = run.load() or fresh_state
+        run.source("texts", "600 rows, 3 classes", texts.train)   # what was read, for people
         for round in run.progress(range(...)):
             ...
             run.log(round=..., loss=...)   # a row of log.jsonl and a line on the console
             run.save(state)                # tensors, numbers, strings, lists and dicts only
-        run.finish(result)                 # result.json and the RESULT line
+        run.finish(result, draw)           # result.json, the figure and the RESULT line
 
     resume_may_change: settings (names) that a continuation may change, e.g. {"rounds"}.
     """
@@ -313,6 +366,8 @@ class Run:
         self.may_change = VOLATILE | set(resume_may_change)
         self.rows, self.saved_at, self.started = [], None, time.time()
         self.columns = None
+        self.sources = {}  # what was read: its name -> (the line about it, its fingerprint)
+        self.saved_sources = {}  # the same, of the run that is continued
         torch.set_flush_denormal(True)  # tiny models on a CPU drift into denormals, 10 times slower
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -393,7 +448,8 @@ class Run:
         args = self.args
         folder = args.out_dir
         if folder is None:
-            taken = {int(p.name.rpartition("-")[2]): p for p in Path("runs").glob(f"{self.title}-*")
+            runs = Path("runs").iterdir() if Path("runs").is_dir() else []
+            taken = {int(p.name.rpartition("-")[2]): p for p in runs
                      if re.fullmatch(re.escape(self.title) + r"-\d+", p.name)}
             if args.resume and not taken:
                 raise UserError(f"--resume: there is no run in runs/{self.title}-N yet; "
@@ -459,7 +515,7 @@ class Run:
         """Checkpoint `state`; `at` says in words what is safe now ("round 3")."""
         if self.rank == 0:
             content = {"script": self.title, "settings": self._fixed(), "rows": self.rows,
-                       "state": to_device(state, "cpu")}
+                       "sources": self.sources, "state": to_device(state, "cpu")}
             atomic_write(self.out_dir / "checkpoint.pt", lambda p: torch.save(content, p))
         self.saved_at = at
 
@@ -483,15 +539,44 @@ class Run:
                 raise UserError(
                     f"--resume: {path} was made with {key}={saved.get(key)}, this command "
                     f"says {key}={now.get(key)}; use the same settings or another --out-dir")
-        self.rows = content["rows"]
+        self.rows, self.saved_sources = content["rows"], content.get("sources", {})
         if self.rank == 0:  # rows of a round that was logged but not saved are dropped
-            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            lines = "".join(strict_json(row) + "\n" for row in self.rows)
             atomic_write(self.out_dir / "log.jsonl", lambda p: p.write_text(lines))
             self._write_config()  # settings that may change
         return content["state"]
 
     def _fixed(self):
-        return {k: v for k, v in self.settings.items() if k not in self.may_change}
+        """The settings that a continuation must share, paths by their last part alone: what lies
+        there is compared by `source`, and ./t.csv is t.csv."""
+        def last(value):
+            if isinstance(value, (list, tuple)):
+                return [last(v) for v in value]
+            if not isinstance(value, str):
+                return value
+            return re.sub(r"^((?:folder|csv):)?.*/", r"\1", value.rstrip("/"))
+        return {k: last(v) for k, v in self.settings.items() if k not in self.may_change}
+
+    def source(self, name, said, content=()):
+        """Say on stderr what one source of input held: "texts: 600 rows, 3 classes".
+
+        The line goes into result.json too. content: all that was read of it, as `fingerprint` takes
+        it; UserError where a continued run had read something else. Call it after `load`, in every
+        process.
+        """
+        known = fingerprint(content)
+        before = self.saved_sources.get(name)
+        if before is not None and before[1] != known:
+            raise UserError(f"--resume: the {name} of this run were others: then {before[0]}; now "
+                            f"{said}. Use another --out-dir for what is there now")
+        self.sources[name] = [said, known]
+        if self.rank == 0:
+            tqdm.write(f"{name}: {said}", file=sys.stderr)
+
+    def warn(self, text):
+        """One line on stderr about something that still leaves the result what was asked for."""
+        if self.rank == 0:
+            tqdm.write(f"note: {text}", file=sys.stderr)
 
     # -- console --------------------------------------------------------------------------------
 
@@ -507,7 +592,7 @@ class Run:
         if self.rank:
             return
         with open(self.out_dir / "log.jsonl", "a") as handle:
-            handle.write(json.dumps(row) + "\n")
+            handle.write(strict_json(row) + "\n")
         def width(key, value):  # the same in every row, so that rows stand under their header
             kind = 12 if isinstance(value, str) else 9 if isinstance(value, float) else 5
             return max(len(key), kind)
@@ -528,11 +613,23 @@ class Run:
         if self.rank == 0:
             print(format_table(header, rows), flush=True)
 
-    def finish(self, result, **line):
-        """Write result.json and print `RESULT key=value ...` with the numbers named in `line`."""
-        if self.rank == 0:
-            write_json(self.out_dir / "result.json", result)
-            print("RESULT " + " ".join(f"{k}={_short(v)}" for k, v in line.items()), flush=True)
+    def finish(self, result, draw=None, **line):
+        """Write result.json, draw the figure and print `RESULT key=value ...` of `line`.
+
+        draw: function(path) that writes the figure. The results are safe before it is called: if it
+        fails, that costs a line on stderr and nothing else.
+        """
+        if self.rank:
+            return
+        sources = {name: said for name, (said, _) in self.sources.items()}
+        write_json(self.out_dir / "result.json", {**result, "sources": sources})
+        try:
+            if draw:
+                draw(self.out_dir / "figure.png")
+        except Exception as error:  # a figure is made of whatever names users have
+            self.warn(f"figure.png could not be drawn ({type(error).__name__}: "
+                      f"{' '.join(str(error).split())[:200]}); all results are in result.json")
+        print("RESULT " + " ".join(f"{k}={_short(v)}" for k, v in line.items()), flush=True)
 
 
 def _short(value):
@@ -712,6 +809,10 @@ GREY, ORANGE, AMBER, PINK, SKY, GREEN, BLUE = (
     "#777777", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2")
 
 
+OTHER_SCRIPTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari",
+                 "Noto Sans", "Arial Unicode MS", "Microsoft YaHei", "PingFang SC"]
+
+
 @contextlib.contextmanager
 def figure(path, title, size, **layout):
     """An empty matplotlib figure to draw on; saved to `path` when the block ends.
@@ -719,16 +820,26 @@ def figure(path, title, size, **layout):
     size: inches (width, height); layout: of plt.subplots, if there are to be panels. -> (figure,
     axes), axes None without a layout.
     """
+    import warnings
+
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    drawing, axes = plt.figure(figsize=size, layout="constrained"), None
-    if layout:
-        axes = drawing.subplots(**layout)
-    yield drawing, axes
-    drawing.suptitle(title)
-    atomic_write(path, lambda p: drawing.savefig(p, dpi=130))
-    plt.close(drawing)
+    # Names are a user's: a $ in them is a dollar, and other scripts are drawn by what font there is
+    installed = set(matplotlib.font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(f for f in OTHER_SCRIPTS if f in installed)]
+    with plt.rc_context({"text.parse_math": False, "font.family": fonts}), \
+            warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as an empty box
+        drawing, axes = plt.figure(figsize=size, layout="constrained"), None
+        try:
+            if layout:
+                axes = drawing.subplots(**layout)
+            yield drawing, axes
+            drawing.suptitle(printable(title))
+            atomic_write(path, lambda p: drawing.savefig(p, dpi=130))
+        finally:
+            plt.close(drawing)
 
 
 def heat_map(axis, values, title, rows=None, columns=None, bar=None, **options):
@@ -784,10 +895,10 @@ def front_panels(parent, names, fronts, styles, reference, limit, columns, title
         axes.set_title(titles[k], fontsize=8)
         axes.tick_params(labelsize=6)
         axes.locator_params(nbins=4)
-        axes.set_xlabel("$f_1$", fontsize=7, labelpad=1)
-        axes.set_ylabel("$f_2$", fontsize=7, labelpad=1)
+        axes.set_xlabel("f₁", fontsize=7, labelpad=1)
+        axes.set_ylabel("f₂", fontsize=7, labelpad=1)
         if deep:
-            axes.set_zlabel("$f_3$", fontsize=7)
+            axes.set_zlabel("f₃", fontsize=7)
             axes.view_init(25, 40)
         if k == 0:
             handles = axes.get_legend_handles_labels()

@@ -593,12 +593,12 @@ def report(world, run, state):
         [METHODS[m], found["parameters"], found["spent"]] for m, found in state["done"].items()])
     print(f"mean ± std over {args.seeds} seeds; CPU-s of this process, evaluation included\n")
     fronts = {m: learned_fronts(world, m, state["trained"][m], run.out_dir) for m in results}
-    draw_figure(world, fronts, results, references, run.out_dir / "figure.png")
     shown = "copsl" if "copsl" in results else list(results)[-1]
     means = {n: sum(v) / len(v) for n, v in results[shown]["hv"].items()}
     run.finish({"problems": names, "recipe": args.recipe, "loss": world.recipe["loss"],
                 "seeds": args.seeds, "seed": args.seed, "reference_hv": ceiling,
                 "results": results},
+               lambda path: draw_figure(world, fronts, results, references, path),
                script="copsl", method=shown, recipe=args.recipe, loss=world.recipe["loss"],
                seeds=args.seeds, hv=sum(means.values()) / len(means),
                **{f"hv_{n}".replace(":", "-").replace("=", "-"): v for n, v in means.items()},

@@ -1156,8 +1156,8 @@ def report(world, run, state, title, reports):
         more(world, run, state, result)
     if run.rank == 0:
         print()
-        draw_figure(world, result, run.out_dir / "figure.png")
-    run.finish(result, script=title, dataset=args.dataset, method=shown, seed=args.seed,
+    run.finish(result, lambda path: draw_figure(world, result, path),
+               script=title, dataset=args.dataset, method=shown, seed=args.seed,
                served=last[shown]["served"], cloud=last[shown]["cloud"],
                mb_round=last[shown]["megabytes"], distrusted=labels.count(None), out=run.out_dir)
 

@@ -1045,10 +1045,10 @@ def report(world, run, results):
     if run.rank == 0:
         print("GM: global model, balanced test set. PM: personal models, each on its client's own "
               "test samples.\nThe first table and mean10 are means of the last 10 evaluations.\n")
-        draw_figure(world, results, run.out_dir / "figure.png")
     shown = "fedpurel" if "fedpurel" in results else list(results)[-1]
     args = world.args
     run.finish({"dataset": args.dataset, "peft": args.peft, "seed": args.seed, "results": results},
+               lambda path: draw_figure(world, results, path),
                script="fedpurel", dataset=args.dataset, method=shown, seed=args.seed,
                gm_all=score(shown, "gm", "mean10", "all"),
                gm_few=score(shown, "gm", "mean10", "few"),

@@ -976,13 +976,12 @@ def report(args, run, done, title, parts):
         suite_table(run, means, labels)
     dataset, method = next(iter(finals))
     method = ([m for m in parts["shown"] if (dataset, m) in finals] or [method])[-1]
-    if run.rank == 0:
-        if args.model == "tiny":
-            print("correlation: of the prompts per block at the end with the planted truth "
-                  f"{args.truth.replace(',', '-')}\n")
-        draw_figure(args, {m: runs for (d, m), runs in finals.items() if d == dataset}, dataset,
-                    run.out_dir / "figure.png", parts)
+    if run.rank == 0 and args.model == "tiny":
+        print("correlation: of the prompts per block at the end with the planted truth "
+              f"{args.truth.replace(',', '-')}\n")
+    drawn = {m: runs for (d, m), runs in finals.items() if d == dataset}
     run.finish({"dataset": args.suite or args.dataset, "seed": args.seed, "results": done},
+               lambda path: draw_figure(args, drawn, dataset, path, parts),
                script=title, dataset=args.suite or args.dataset, method=method, seed=args.seed,
                accuracy=means[dataset, method],
                prompts="-".join(map(str, finals[dataset, method][-1]["counts"][-1])),

@@ -1,5 +1,6 @@
 """common.py: seeds, files, the run contract, processes and metrics."""
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -560,7 +561,8 @@ def test_finish_writes_the_result_and_prints_one_line(make_run, capsys):
     run.begin()
     run.log(round=1, loss=.5)
     run.finish({"results": [1, None, .123456789]}, script="toy", acc=.123456789, n=3, few=None)
-    assert json.loads(Path("out/result.json").read_text()) == {"results": [1, None, .123456789]}
+    assert json.loads(Path("out/result.json").read_text()) == {
+        "results": [1, None, .123456789], "sources": {}}
     assert capsys.readouterr().out == "RESULT script=toy acc=0.1235 n=3 few=None\n"
 
 
@@ -699,7 +701,7 @@ def test_only_rank_zero_writes_and_prints(two_ranks):
     assert [s["out"] for s in seen] == ["runs/toy-1"] * 2
     assert [p.name for p in (folder / "runs").iterdir()] == ["toy-1"]
     out = folder / "runs" / "toy-1"
-    assert json.loads((out / "result.json").read_text()) == {"rank": 0}
+    assert json.loads((out / "result.json").read_text()) == {"rank": 0, "sources": {}}
     assert [row["rank"] for row in lines_of(out / "log.jsonl")] == [0]
     assert json.loads((out / "config.json").read_text())["processes"] == 2
     assert said == "rank\n0\nRESULT rank=0\n"  # of rank 0; nothing of rank 1
@@ -997,3 +999,103 @@ def test_packed_seeds_go_on_alone_as_they_would_have_together():
 def test_spread_of_seeds():
     assert common.spread([1., 3.]) == "2.0000 ±1.4142" and common.spread([2.], 1) == "2.0"
     assert common.spread([1., None]) == "-"
+
+
+# -- What was read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [
+    torch.ones(3), torch.zeros(4), torch.zeros(3, dtype=torch.float64), np.zeros(3), [0, 0, 0],
+    {"a": torch.zeros(3)}, torch.nn.Linear(3, 1, bias=False), "a", "caf\udce9", None, 0, [[]]])
+def test_fingerprint_tells_contents_apart(other):
+    assert common.fingerprint(other) == common.fingerprint(copy.deepcopy(other))
+    assert common.fingerprint(other) != common.fingerprint(torch.zeros(3))
+    assert common.fingerprint([other, 1]) != common.fingerprint([1, other])
+
+
+def test_fingerprint_of_lists_knows_where_one_ends():
+    assert common.fingerprint([["a"], "b"]) != common.fingerprint([["a", "b"]])
+    assert common.fingerprint(["a", "b"]) != common.fingerprint(["ab"])
+    assert common.fingerprint(torch.tensor([1, 2], dtype=torch.bfloat16)) != common.fingerprint(
+        torch.tensor([1, 3], dtype=torch.bfloat16))
+
+
+def test_sources_are_said_and_kept(make_run, capsys):
+    run = make_run()
+    run.source("texts", "4 rows, 2 classes", ["a", "b"])
+    run.warn("nothing to worry about")
+    out, err = capsys.readouterr()
+    assert out == "" and err == "texts: 4 rows, 2 classes\nnote: nothing to worry about\n"
+    run.finish({"x": 1}, script="s")
+    assert json.loads((run.out_dir / "result.json").read_text()) == {
+        "x": 1, "sources": {"texts": "4 rows, 2 classes"}}
+
+
+def test_resume_refuses_a_source_that_changed(make_run):
+    run = make_run()
+    run.source("texts", "2 rows", ["a", "b"])
+    run.save({}, "round 1")
+    again = make_run(resume=True, out_dir=run.out_dir)
+    again.load()
+    again.source("texts", "2 rows", ["a", "b"])
+    again.source("pictures", "none were read before", [])
+    with pytest.raises(UserError, match="texts of this run were others: then 2 rows; now 3 rows"):
+        again.source("texts", "3 rows", ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("then, now, same", [
+    ("csv:t.csv", "csv:./t.csv", True), ("folder:pets", "folder:/home/me/pets/", True),
+    ("folder:pets", "folder:cats", False), ("csv:pets", "folder:pets", False),
+    ("pets", "./pets", True), ("fixed:1,2", "fixed:1,3", False), ("cifar10-lt", "pets", False)])
+def test_resume_takes_another_path_to_the_same_name(then, now, same, make_run):
+    run = make_run(dataset=then)
+    run.save({"x": 1}, "round 1")
+    again = make_run(dataset=now, resume=True, out_dir=run.out_dir)
+    if same:
+        assert again.load() == {"x": 1}
+    else:
+        with pytest.raises(UserError, match="dataset"):
+            again.load()
+
+
+def test_runs_of_names_with_glob_characters_are_numbered(make_run):
+    folders = []
+    for _ in range(3):
+        run = make_run(title="set[1]*")
+        run.begin()
+        folders.append(run.out_dir.name)
+    assert folders == ["set[1]*-1", "set[1]*-2", "set[1]*-3"]
+
+
+def test_json_has_no_nan():
+    text = common.strict_json({"a": [float("nan"), float("inf"), 1.5], "b": (1, "NaN")})
+    assert json.loads(text) == {"a": [None, None, 1.5], "b": [1, "NaN"]} and "Infinity" not in text
+
+
+def test_results_are_there_before_the_figure_and_survive_it(make_run, capsys):
+    run = make_run()
+
+    def draw(path):
+        assert json.loads((run.out_dir / "result.json").read_text())["x"] == 1
+        raise ValueError("no such\ncolour")
+    run.finish({"x": 1}, draw, x=1)
+    out, err = capsys.readouterr()
+    assert out == "RESULT x=1\n"
+    assert err == ("note: figure.png could not be drawn (ValueError: no such colour); all results "
+                   "are in result.json\n")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("caf\udce9", "café"), ("café", "café"), ("a\udc81", "a\\x81"), ("\udce7\udc8b\udc97", "ç‹—")])
+def test_undecodable_names_become_text(name, text):
+    assert common.printable(name) == text
+
+
+@pytest.mark.parametrize("name", ["$5_&_$10%", "$\\frac_$", "狗 كلب", "caf\udce9", "a\x00b"])
+def test_any_name_can_be_drawn(name, tmp_path, recwarn):
+    with common.figure(tmp_path / "f.png", name, (3, 2), ncols=2) as (_, (left, right)):
+        name = common.printable(name)
+        common.ranked_bars(left, {name: 1.0}, {}, name)
+        right.plot([1, 2], label=name)
+        right.legend()
+    assert (tmp_path / "f.png").stat().st_size > 1000 and not recwarn.list
