@@ -1,12 +1,18 @@
 """The claims of pro_vpt.py and its neighbour in beyond/, in the small world, over seeds and truths.
 
-    python benchmarks/pro_vpt_claims.py                  5 seeds x 5 distributions, about 45 CPU-min
+    python benchmarks/pro_vpt_claims.py                  tuning, then 5 seeds x 5 distributions
     python benchmarks/pro_vpt_claims.py --summary        tables from what has been run already
-    python benchmarks/pro_vpt_claims.py --seeds 100,101  the tuning seeds
+    python benchmarks/pro_vpt_claims.py --grid .4        one rate for all, without tuning
 
-Every (seed, distribution) is one JSON file under --out, so the work can be stopped, continued, and
-split over processes with --seeds and --truths. Pre-training, task, initial draws and batches depend
-on the seed; every method sees the same. The claims:
+At the paper's proportions: 72 prompts (12 a block) and 30 epochs, so that a run moves at most 29
+times (.4 moves a prompt, as the authors' 99 of 240); --prompts 4 is pro_vpt.py's own small world.
+The planted distributions grow with --prompts. Every method gets the rate of --grid with the best
+mean accuracy over five tuning pairs, seed 100 + t with distribution t, on their test tiles (of
+equals the smallest rate; a run that diverges counts 0); the seeds that are reported are others.
+Every pair, of seed and distribution, is one JSON file under --out, a tuning pair one for each rate,
+so the work can be stopped, continued, and split over processes with --seeds and --truths.
+Pre-training, task, initial draws and batches depend on the seed; every method sees the same. The
+claims:
     C0  Distribution matters: the planted number of prompts per block beats the uniform one.
     C1  The paper's algorithm beats uniform and random relocation.
     C2  Each score ranks prompts by what removing them does to the loss (Spearman correlation with
@@ -66,7 +72,8 @@ def gradient_scores(model, tokens, labels, eps, dtype, gated=False):
     model.to(dtype)
     for norm in norms:
         norm.eps = eps
-    model.gates = torch.ones(len(model.prompts), 1, dtype=dtype, requires_grad=True)
+    model.gates = torch.ones(len(model.prompts), 1, dtype=dtype, device=tokens.device,
+                             requires_grad=True)
     loss = torch.nn.functional.cross_entropy(model(tokens.to(dtype)), labels)
     gradient, gate_gradient = torch.autograd.grad(loss, [model.prompts, model.gates])
     found = gate_gradient[:, 0] if gated else \
@@ -75,17 +82,15 @@ def gradient_scores(model, tokens, labels, eps, dtype, gated=False):
     model.to(torch.float32)
     for norm in norms:
         norm.eps = before
-    return found.double()
+    return found.double().cpu()
 
 
-def compare_scores(training):
-    """Spearman correlation of each score with the exact change of the loss (C2)."""
-    model, part = training.model, training.task.train
-    tokens, labels = part.tokens, part.labels
+def compare_scores(model, tokens, labels):
+    """Spearman correlation of each score with the exact change of the loss on one batch (C2)."""
     exact = beyond.exact_idleness(model, tokens, labels)
     eps = [(e, d) for e in (1e-6, 1e-12) for d in (torch.float32, torch.float64)]
     scores = [gradient_scores(model, tokens, labels, *pair) for pair in eps]
-    scores.append(-model.prompts.detach().norm(dim=-1))
+    scores.append(-model.prompts.detach().norm(dim=-1).cpu())
     scores.append(gradient_scores(model, tokens, labels, 1e-6, torch.float64, gated=True))
     scores += [-scores[1].abs(), -scores[5].abs()]
     found = {name: float(stats.spearmanr(score.numpy(), exact.numpy()).statistic)
@@ -111,8 +116,8 @@ def parts_of(name, seed, truth):
     return {**beyond.PARTS, "relocations": {**beyond.PARTS["relocations"], "adaptive": control}}
 
 
-def measure(options, seed, truth, folder, names):
-    """Run every method for one seed and planted distribution -> dict."""
+def measure(options, seed, truth, folder, rates, scoring=True):
+    """Run every method at its rate, {name: rate}, for one seed and planted distribution -> dict."""
     words = ",".join(map(str, truth))
     command = ["--seed", str(seed), "--truth", words, "--data-dir", str(folder / "data"),
                "--out-dir", str(folder / "run"), "--overwrite", *options]
@@ -120,24 +125,51 @@ def measure(options, seed, truth, folder, names):
     results, scores = {}, None
     with common.Run(args, "claims") as run:
         task, plain = pro_vpt.build_task(args, run, "planted", "test"), dict(vars(args))
-        for name in names:
+        for name, rate in rates.items():
             method, change = PLAN[name]
             vars(args).update({**plain, **change})
-            job = pro_vpt.Job("planted", method, "test", seed, args.lr, args.weight_decay)
+            # "val": a rate that diverges is a result of 0%, as in a search
+            job = pro_vpt.Job("planted", method, "val", seed, rate, args.weight_decay)
             start = time.process_time()
             training = pro_vpt.Training(task, run, args, job, parts_of(name, seed, truth))
-            found = pro_vpt.train(training, lambda training: None)
-            results[name] = {"accuracy": found["accuracy"], "counts": found["counts"][-1],
-                             "loss": found["losses"][-1], "moves": len(found["moves"]),
+            found = pro_vpt.outcome(training, lambda training: None)
+            results[name] = {"accuracy": found["accuracy"], "lr": rate,
+                             "counts": found["counts"][-1],
+                             "loss": found["losses"][-1] if found["losses"] else None,
+                             "moves": len(found["moves"]),
                              "correlation": pro_vpt.correlation(found["counts"][-1], truth),
                              "cpu_seconds": round(time.process_time() - start, 1)}
-            print(f"seed {seed} truth {words} {name}: {results[name]['accuracy']:.1f}% "
-                  f"{results[name]['counts']} {results[name]['cpu_seconds']} CPU-s",
-                  file=sys.stderr, flush=True)
-            if name == "uniform":
-                scores = compare_scores(training)
+            print(f"seed {seed} truth {words} lr {rate:g} {name}: "
+                  f"{results[name]['accuracy']:.1f}% {results[name]['counts']} "
+                  f"{results[name]['cpu_seconds']} CPU-s", file=sys.stderr, flush=True)
+            if name == "uniform" and scoring:
+                scores = compare_scores(training.model, task.train.tokens, task.train.labels)
         vars(args).update(plain)
     return {"seed": seed, "truth": truth, "results": results, "scores": scores}
+
+
+def kept(path, make):
+    """What make() gives, from the file if it is there."""
+    if not path.exists():
+        common.write_json(path, make())
+    return json.loads(path.read_text())
+
+
+def tune(options, grid, names, truths, folder):
+    """The best rate of every method on the tuning pairs: {name: rate}."""
+    if len(grid) == 1:
+        return dict.fromkeys(names, grid[0])
+    means = {}
+    for rate in grid:
+        runs = [kept(folder / f"tuning{100 + t}-truth{t}-lr{rate:g}.json",
+                     functools.partial(measure, options, 100 + t, truth, folder,
+                                       dict.fromkeys(names, rate), scoring=False))
+                for t, truth in enumerate(truths)]
+        means[rate] = {name: statistics.mean(run["results"][name]["accuracy"] for run in runs)
+                       for name in names}
+    rates = {name: max(grid, key=lambda rate: (means[rate][name], -rate)) for name in names}
+    common.write_json(folder / "tuning.json", {"means": means, "rates": rates})
+    return rates
 
 
 def spread(numbers, digits=1):
@@ -164,15 +196,16 @@ def summarise(runs):
     names = [n for n in PLAN if all(n in run["results"] for run in runs)]
     truths = list(dict.fromkeys(tuple(run["truth"]) for run in runs))
     print(f"{len(runs)} runs: seeds {sorted({run['seed'] for run in runs})}\n")
-    print("| method | accuracy | correlation with the truth | "
+    print("| method | lr | accuracy | correlation with the truth | "
           + " | ".join("-".join(map(str, t)) for t in truths) + " | CPU-s |")
-    print("|---|---|---|" + "---|" * (len(truths) + 1))
+    print("|---|---|---|---|" + "---|" * (len(truths) + 1))
     for name in names:
         rows = [run["results"][name] for run in runs]
         known = [r["correlation"] for r in rows if r["correlation"] is not None]
         each = [statistics.mean(run["results"][name]["accuracy"] for run in runs
                                 if tuple(run["truth"]) == t) for t in truths]
-        print(f"| {name} | {spread([r['accuracy'] for r in rows])} | "
+        rates = ", ".join(f"{lr:g}" for lr in sorted({r["lr"] for r in rows}))
+        print(f"| {name} | {rates} | {spread([r['accuracy'] for r in rows])} | "
               f"{spread(known, 2) if known else '-'} | "
               + " | ".join(f"{a:.1f}" for a in each)
               + f" | {statistics.mean(r['cpu_seconds'] for r in rows):.1f} |")
@@ -209,6 +242,10 @@ def main():
                         help="which of data.PLANTED_TRUTHS; default %(default)s")
     parser.add_argument("--only", default=",".join(map(str, range(len(PLAN)))),
                         help="which rows of PLAN, by number; default all")
+    parser.add_argument("--grid", default=".1,.2,.4,1,2.5",
+                        help="learning rates to choose from, for each method; default %(default)s")
+    parser.add_argument("--prompts", type=int, default=12,
+                        help="prompts per block at the start; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/pro_vpt-claims"),
                         help="default %(default)s")
     parser.add_argument("--summary", action="store_true",
@@ -217,10 +254,13 @@ def main():
     names = [list(PLAN)[int(i)] for i in args.only.split(",")]
     seeds, truths = ([int(i) for i in text.split(",")] for text in (args.seeds, args.truths))
     wanted = {(s, t): args.out / f"seed{s}-truth{t}.json" for s in seeds for t in truths}
-    for (seed, t), path in wanted.items():
-        if not path.exists() and not args.summary:
-            common.write_json(
-                path, measure(options, seed, data.PLANTED_TRUTHS[t], args.out, names))
+    if not args.summary:
+        options = [*options, "--prompts", str(args.prompts)]
+        # as many planted prompts as there are to move: data.PLANTED_TRUTHS are for 4 a block
+        planted = [[n * args.prompts // 4 for n in truth] for truth in data.PLANTED_TRUTHS]
+        rates = tune(options, pro_vpt.numbers_in(args.grid, "--grid"), names, planted, args.out)
+        for (seed, t), path in wanted.items():
+            kept(path, functools.partial(measure, options, seed, planted[t], args.out, rates))
     found = [json.loads(path.read_text()) for path in wanted.values() if path.exists()]
     if not found:
         raise common.UserError(f"{args.out} holds no results of these seeds and distributions")

@@ -23,7 +23,7 @@ from scipy import stats
 import common
 import data
 import pro_vpt
-from benchmarks import pro_vpt_claims
+from benchmarks import pro_vpt_claims, pro_vpt_vit
 from benchmarks import pro_vpt_plain as plain
 from beyond import pro_vpt_adaptive as beyond
 from tools import (
@@ -1145,7 +1145,7 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     shutil.copytree(cache / "cache", tmp_path / "out" / "data" / "cache")
     words = ["benchmarks/pro_vpt_claims.py", "--out", tmp_path / "out", "--seeds", "3", "--truths",
              "1", "--only", "1,2,11,12"]
-    out, _ = finish(start(words[0], [*words[1:], "--epochs", "2"]))
+    out, _ = finish(start(words[0], [*words[1:], "--epochs", "2", "--grid", ".4"]))
     assert "C0 planted truth above uniform" in out and "C4 adaptive (ours) above uniform" in out
     monkeypatch.setattr(sys, "argv", [str(w) for w in [*words, "--summary"]])
     pro_vpt_claims.main()
@@ -1155,3 +1155,115 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     assert found["scores"]["float32 against float64, eps 1e-6"] > .9
     ours, control = (found["results"][n] for n in ("adaptive (ours)", pro_vpt_claims.CONTROL))
     assert control["counts"] != ours["counts"] and control["moves"] > 0  # towards other blocks
+    assert found["truth"] == [0, 0, 0, 12, 60, 0] and sum(ours["counts"]) == 72  # 12 a block
+
+
+def test_tuning_keeps_the_best_rate_of_each_method(tmp_path, monkeypatch):
+    def measure(options, seed, truth, folder, rates, scoring):
+        asked.append((seed, truth, *rates.values()))
+        best = {"a": .2, "b": .4}  # c: all the same
+        return {"results": {name: {"accuracy": seed if best.get(name, rate) == rate else 0}
+                            for name, rate in rates.items()}}
+
+    asked = []
+    monkeypatch.setattr(pro_vpt_claims, "measure", measure)
+    for _ in range(2):  # the second time nothing is run
+        assert pro_vpt_claims.tune([], [.1, .2, .4], ["a", "b", "c"], [[6], [7]], tmp_path) \
+            == {"a": .2, "b": .4, "c": .1}
+    assert asked == [(s, t, r, r, r) for r in (.1, .2, .4) for s, t in ((100, [6]), (101, [7]))]
+
+
+@pytest.fixture
+def vit_benchmark(tmp_path, monkeypatch):
+    """A function that runs benchmarks/pro_vpt_vit.py on a small ViT and three colours."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("test", 4)):
+        for c, colour in enumerate(("red", "green", "blue")):
+            (tmp_path / "own" / split / colour).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 120, (16, 16, 3)) + 100 * np.eye(3, dtype=int)[c]
+                Image.fromarray(pixels.astype(np.uint8)).save(
+                    tmp_path / "own" / split / colour / f"{i}.png")
+    tiny_vit().save_pretrained(tmp_path / "vit")
+
+    def run(*words):
+        words = ["pro_vpt_vit.py", "--model", tmp_path / "vit", "--data", tmp_path / "own",
+                 "--per-class", "2", "--test-per-class", "3", "--epochs", "2", "--tune-epochs", "1",
+                 "--grid", ".1,1", "--removal-images", "4", "--seeds", "0,1",
+                 "--out-dir", tmp_path / "out", "--prompts", "2", "--batch", "4", *words]
+        monkeypatch.setattr(sys, "argv", [str(w) for w in words])
+        pro_vpt_vit.main()
+        return tmp_path / "out" / "rows.jsonl"
+    return run
+
+
+def test_the_measurement_on_a_real_vit_continues_where_it_was_cut(vit_benchmark, capsys):
+    path = vit_benchmark()
+    whole, out = path.read_text(), capsys.readouterr().out
+    rows = pro_vpt_vit.read_rows(path)
+    assert [r["stage"] for r in rows] == ["tune"] * 6 * 4 + ["test"] * 6 * 2
+    assert len({pro_vpt_vit.key_of(r) for r in rows}) == 36
+    assert [abs(r["scores"][when]["taylor, eps 1e-6, float64"]) <= 1
+            for r in rows if "scores" in r for when in ("before", "after")] == [True] * 4
+    assert "| PRO-VPT (paper) | " in out and "| C2: score |" in out
+    # killed while it wrote line 30
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(lines[:29]) + lines[29][:40])
+    again = pro_vpt_vit.read_rows(vit_benchmark())
+
+    def plain(rows):
+        return [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in rows]
+    assert plain(again) == plain(rows)
+    assert capsys.readouterr().err.count("CPU-s") == 7  # the rest stood there
+    with pytest.raises(common.UserError, match="with epochs 2, now 3"):
+        vit_benchmark("--epochs", "3")
+    with pytest.raises(common.UserError, match="the class blue has 6 images where 9 are needed"):
+        vit_benchmark("--per-class", "6", "--out-dir", path.parent / "other")
+
+
+def test_features_made_once_train_the_probe_of_the_script(vit_benchmark, tmp_path):
+    row = next(r for r in pro_vpt_vit.read_rows(vit_benchmark("--only", "0"))
+               if r["stage"] == "test")
+    words = ("--dataset", f"folder:{tmp_path}/own", "--model", f"{tmp_path}/vit", "--epochs", "2",
+             "--batch", "4", "--prompts", "2")
+    task = pro_vpt_vit.build_task(words, "cpu", 0, "test", 2, 3)
+    args = beyond.read_arguments([*words, "--head-init", row["head"], "--out-dir",
+                                  f"{tmp_path}/plain"])
+    job = pro_vpt.Job("own", "linear", "test", 0, row["rate"], args.weight_decay)
+    with common.Run(args, "plain") as run:
+        found = pro_vpt.train(pro_vpt.Training(task, run, args, job), lambda now: None)
+    assert found["losses"][-1] == pytest.approx(row["loss"], rel=1e-5)
+    assert found["accuracy"] == row["accuracy"]
+
+
+def test_draws_of_tuning_and_held_out_seeds():
+    labels = np.repeat([0, 1], 10)
+    pictures = data.Images(np.arange(20 * 3).reshape(20, 1, 1, 3).astype(np.uint8))
+    tests = data.Images(np.zeros((20, 1, 1, 3), np.uint8))
+    images = data.ImageSet("own", ["a", "b"], "", pictures, labels, tests, labels)
+
+    def seen(part):
+        return {int(np.asarray(image)[0, 0, 0]) // 3 for image in part[0]}
+    tuned, held = (pro_vpt_vit.subset(images, 3, stage, 4, 5) for stage in ("tune", "test"))
+    assert len(seen(tuned.train)) == 8 and len(seen(tuned.val)) == 10
+    assert not seen(tuned.train) & seen(tuned.val) and seen(held.train) == seen(tuned.train)
+    assert tuned.val[1].tolist() == held.val[1].tolist() == [0] * 5 + [1] * 5
+    assert seen(held.val) == {0}  # from the test part
+    assert seen(pro_vpt_vit.subset(images, 4, "tune", 4, 5).train) != seen(tuned.train)
+
+
+def test_report_of_a_real_vit_pairs_seeds():
+    def row(method, rate, stage, seed, accuracy):
+        return {"set": "s", "method": method, "head": "vpt", "rate": rate, "stage": stage,
+                "seed": seed, "accuracy": accuracy}
+    rows = [row("uniform", .1, "tune", 100, 50), row("uniform", .3, "tune", 100, 50),
+            row("PRO-VPT (paper)", .1, "tune", 100, 50), row("PRO-VPT (paper)", 1, "tune", 100, 60),
+            *(row("uniform", .1, "test", s, 40 + 10 * s) for s in range(4)),
+            *(row("PRO-VPT (paper)", 1, "test", s, 41 + 10 * s + s) for s in range(3)),
+            row("PRO-VPT (paper)", .1, "test", 3, 0)]  # of another rate: not the chosen one
+    ours, uniform = (pro_vpt_vit.held_out(rows, "s", m) for m in ("PRO-VPT (paper)", "uniform"))
+    assert pro_vpt_vit.chosen(rows, "s", "uniform") == ("vpt", .1)  # of equals the smallest
+    assert sorted(ours) == [0, 1, 2] and sorted(uniform) == [0, 1, 2, 3]
+    p = stats.ttest_rel([41, 52, 63], [40, 50, 60]).pvalue
+    assert pro_vpt_vit.difference(ours, uniform) == f"+2.00 (p {p:.2g}, 3/3)"
+    assert pro_vpt_vit.difference(uniform, uniform) == "-"
