@@ -165,6 +165,10 @@ def tune(options, grid, names, truths, folder):
                      functools.partial(measure, options, 100 + t, truth, folder,
                                        dict.fromkeys(names, rate), scoring=False))
                 for t, truth in enumerate(truths)]
+        unknown = [n for n in names if any(n not in run["results"] for run in runs)]
+        if unknown:
+            raise common.UserError(f"{folder} was tuned without {unknown[0]} (--only); name "
+                                   "another --out")
         means[rate] = {name: statistics.mean(run["results"][name]["accuracy"] for run in runs)
                        for name in names}
     rates = {name: max(grid, key=lambda rate: (means[rate][name], -rate)) for name in names}
