@@ -199,7 +199,8 @@ def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries
                                        flag)
         return train, []
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
-    for _ in range(tries):
+    enough = num_clients <= min(len(train_labels), len(test_labels))
+    for _ in range(tries if enough else 0):
         train, test = [[] for _ in range(num_clients)], [[] for _ in range(num_clients)]
         held = np.zeros(num_clients)
         for c in range(int(max(train_labels.max(), test_labels.max())) + 1):
@@ -825,6 +826,12 @@ def _read_table(path, encoding):
                 found[name] = rows, f"{name}{words}, {how}"
                 break
             trouble.setdefault(name, odd)
+    # More than one sign that splits all rows alike: texts hardly hold a tab in each row; else the
+    # one that leaves labels, which occur again
+    labelled = [name for name, (rows, _) in found.items() if name == "tab" or any(
+        len(set(column)) < len(rows) for column in zip(*(row for _, row in rows), strict=True))]
+    if len(found) > 1 and labelled:
+        found = {n: found[n] for n in (labelled[-1:] if "tab" in labelled else labelled)}
     if len(found) > 1:
         raise UserError(f"{path} can be split at every {' and at every '.join(found)}; quote the "
                         "texts, or use tabs and call it .tsv")
