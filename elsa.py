@@ -1070,6 +1070,14 @@ def add_method_flags(add, channels):
         "median)")
 
 
+def parse(argv=None, doc=__doc__, channels=CHANNELS, flags=()):
+    """The settings of a command, and the names of those that it gives."""
+    parser = build_parser(doc, channels, flags)
+    args = parser.parse_args(argv)
+    unset = type(args)(**dict.fromkeys(vars(args)))  # what is not given stays None
+    return args, {k for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+
+
 def resolve(args, small=SMALL, settle=None):
     """Fill in the defaults that depend on the data set; refuse what does not go together."""
     topics = args.dataset in ("topics", "topics-same")
@@ -1235,10 +1243,7 @@ def main(argv=None, doc=__doc__, title="elsa", small=SMALL, channels=CHANNELS, f
     reports: functions(world, run, state, result) that print and put more into `result`; what they
     return, if anything, is a function(world, result, path of figure.png) that draws one more.
     """
-    parser = build_parser(doc, channels, flags)
-    args = parser.parse_args(argv)
-    unset = type(args)(**dict.fromkeys(vars(args)))  # flags that were not given stay None
-    given = {k for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+    args, given = parse(argv, doc, channels, flags)
     args = resolve(args, small, settle)
     with common.Run(args, f"{title}-{Path(args.dataset.removeprefix('csv:')).stem}") as run:
         state = run.load() or {"done": {}, "trained": {}, "current": None, "setup": None}

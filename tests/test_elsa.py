@@ -1176,8 +1176,167 @@ def test_one_client_is_a_federation_too(small, tmp_path):
     assert list(result(tmp_path / "out")["groups"].values()) == [[0]]
 
 
+@pytest.mark.parametrize("method", elsa.METHODS)
+def test_every_method_runs_alone_also_with_more_edges_than_clients(small, tmp_path, capsys, method):
+    elsa.main(arguments(small, "--method", method, "--clients", 3, "--edges", 4, "--no-trust",
+                        "--rounds", 1, "--cloud-every", 1, "--out-dir", tmp_path / "out"))
+    said, found = capsys.readouterr(), result(tmp_path / "out")
+    last, sent = found["results"][method]["history"][-1], found["results"][method]["bytes"]
+    assert last["megabytes"] == sum(sent.values()) / 1e6
+    assert ("links of" in said.out) == (method not in ("local", "central"))
+    if method in ("local", "central"):
+        assert not any(sent.values()) and not any(found["once"].values())
+    else:
+        assert sent["adapters down"] > 0 and (sent["gradients up"] > 0) == (method in elsa.SPLIT)
+        assert (sent["edge-cloud"] > 0) == (method in ("elsa", "hier-random"))
+        assert (found["once"]["probe states up"] > 0) == (method == "elsa")
+        assert (found["once"]["rotations up"] > 0) == (method in elsa.SPLIT)
+    if method == "local":  # nobody averages: there is no cloud, and there are no edges
+        assert last["cloud"] is None and last["edges"] == [] and "by edge" not in said.out
+    else:
+        assert len(last["edges"]) == len(found["groups"]) <= 3 and last["cloud"] is not None
+    idle = "1 of 4 edges take no part in ELSA: its 3 trusted clients form 3 clusters"
+    assert (idle in said.err) == (method == "elsa")
+
+
+def test_part_2_stays_at_the_edge_untouched_by_what_the_way_up_loses(small, tmp_path):
+    args = elsa.resolve(elsa.build_parser().parse_args(arguments(small, "--out-dir", tmp_path)))
+    with common.Run(args, "x") as run:
+        world = elsa.build_federation(args, run)
+    parts = {n for n in world.start if ".layer.1." in n}
+    assert len(parts) == 4 and elsa.at_the_edge(world.model, (1, 2)) == parts
+    assert elsa.at_the_edge(world.model, (2, 2)) == set()
+    assert len(elsa.at_the_edge(world.model, (0, 3))) == len(world.start) - 2  # but the head
+
+    def nothing(x):
+        return torch.zeros_like(x), 7
+    for link, stays in ((elsa.Link(), parts), (None, set())):  # split; a client with the whole
+        true = elsa.client_round(world, world.start, 0, link, (1, 2), None, 0)
+        lost = elsa.client_round(world, world.start, 0, link, (1, 2), nothing, 0)
+        assert list(lost["adapters"]) == list(world.start) and lost["sent"]["adapters up"] == 7
+        for n, t in lost["adapters"].items():
+            assert torch.equal(t, true["adapters"][n] if n in stays else world.start[n])
+            assert n not in stays or not torch.equal(t, world.start[n])
+        numbers = sum(t.numel() for n, t in world.start.items() if n not in stays)
+        assert true["sent"]["adapters up"] == true["sent"]["adapters down"] == 4 * numbers
+
+
+def test_an_edge_without_honest_clients_serves_nobody(small, tmp_path, monkeypatch):
+    args = elsa.resolve(elsa.build_parser().parse_args(arguments(small, "--out-dir", tmp_path)))
+    with common.Run(args, "x") as run:
+        world = elsa.build_federation(args, run)
+        world.poisoned = {0: "random"}
+        cuts = dict.fromkeys(range(5), (1, 2))
+        found = elsa.evaluate(world, run, [[0], [1, 2, 3, 4]], {"edges": [world.start] * 2,
+                              "cloud": world.start}, dict.fromkeys(range(5)), cuts)
+    assert found["edges"] == [None, found["served"]] and found["served"] == found["cloud"]
+
+
+# Flags -> those of them that change nothing, and why
+IDLE = [
+    (["--channel", "none", "--sketch-rows", "2", "--ratio", ".3", "--sketch", "both"],
+     "--ratio, --sketch, --sketch-rows; --channel none"),
+    (["--sketch", "none", "--channel", "sketch", "--recovery", "lsq"],
+     "--channel, --recovery; --sketch none"),
+    (["--ssop", "none", "--ssop-rank", "4"], "--ssop-rank; --ssop none"),
+    (["--method", "local", "--poison", "random:1", "--batch", "8"], "--poison; --method local"),
+    (["--method", "fedavg", "--split", "1,2", "--ssop", "edge"], "--split, --ssop; --method f"),
+    (["--method", "fedavg,central", "--edges", "2", "--capacity", "3"],
+     "--capacity; --method fedavg,central groups", "--edges; --method fedavg,central has one"),
+    (["--method", "hier-random", "--edges", "2", "--no-trust"], "--no-trust; --method hier-random"),
+    (["--no-trust", "--trust-factor", ".5", "--neighbours", "2"],
+     "--neighbours, --trust-factor; --no-trust"),
+    (["--no-cluster", "--capacity", "4", "--tau-max", "30"], "--capacity, --tau-max; --no-cluster"),
+    (["--edge-lambda", ".2"], "--edge-lambda; nobody has to move"),
+    (["--edge-lambda", ".2", "--tau-max", "30"],),
+    (["--rounds", "3", "--cloud-every", "4", "--cloud-mix", "1"],
+     "--cloud-every, --cloud-mix; the cloud's first turn would be round 4, there are 3"),
+    (["--max-length", "32", "--num-probes", "12"], "--max-length; --model tiny",
+     "--num-probes; topics"),
+    (["--probes", "p.txt", "--num-probes", "12"], "--num-probes; --probes"),
+    (["--channel=none", "--ratio=.5"], "--ratio; --channel none"),  # also where it is the default
+    (["--edges", "2", "--cloud-every", "1", "--ssop-rank", "8", "--sketch", "both"],)]
+
+
+@pytest.mark.parametrize("case", IDLE, ids=lambda case: " ".join(case[0]))
+def test_flags_that_change_nothing_are_said(case):
+    flags, *lines = case
+    args, given = elsa.parse(flags)
+    found = elsa.idle_flags(elsa.resolve(args), given)
+    assert len(found) == len(lines)
+    for text, words in zip(found, lines, strict=True):
+        assert text.startswith(f"without effect: {words}")
+
+
+def test_what_the_placement_cannot_keep_is_said_or_refused(small, tmp_path):
+    """Clients 0-2 behave alike and so do 3 and 4; latencies by hand."""
+    distance = torch.ones(5, 5) * 9
+    distance[:3, :3] = distance[3:, 3:] = 1
+    distance.fill_diagonal_(0)
+    latency = torch.tensor([[10., 20], [10, 20], [30, 40], [20, 10], [20, 10]]).double()
+    said = []
+
+    def check(*flags, rank=4):
+        said.clear()
+        args = elsa.resolve(elsa.build_parser().parse_args(
+            ["--edges", "2", "--no-trust", "--ssop-rank", "4", *flags]))
+        world = SimpleNamespace(args=args, clients=[0] * 5, width=16, probe_ids=range(9),
+                                network={"latency": latency})
+        elsa.check_placement(world, SimpleNamespace(warn=said.append), {
+            "bases": [torch.zeros(16, rank)] + [torch.zeros(16, 4)] * 4, "distance": distance})
+        return said
+    assert check() == [] == check("--capacity", "3", "--tau-max", "30")
+    assert check("--tau-max", "15") == [
+        "--tau-max 15: 1 of 5 clients stay at an edge farther than that; their nearest edges are "
+        "30.0 to 30.0 ms away"]
+    with pytest.raises(common.UserError, match="--capacity 2: 2 edges take 4 clients, but 5 are"):
+        check("--capacity", "2")
+    assert check("--capacity", "2", "--method", "fedavg") == []
+    assert check("--fingerprint-rank", "20") == [
+        "--fingerprint-rank 20: the states span 16 directions, all of which are kept"]
+    assert check("--neighbours", "7") == [
+        "--neighbours 7: a client has 4 others, who are all asked"]
+    assert check(rank=3) == ["--ssop-rank 4: the texts of 1 clients have fewer tokens, client 0's "
+                             "turn 3 directions"]
+    assert check("--ssop", "none", rank=3) == []
+
+
+def test_a_small_csv_runs_as_it_is_and_resumes_on_its_own_texts_only(
+        small, tmp_path, monkeypatch, capsys):
+    """30 rows, no number of clients, a name with signs; then other texts under the same name."""
+    monkeypatch.chdir(tmp_path)
+    words = (small / "vocab.txt").read_text().split()[5:]
+    rows = [(f"${c}$", f"{words[c]} {words[-c]} {words[i]}") for i in range(10) for c in (1, 2, 3)]
+    Path("a $x$ [b]*.csv").write_text(table(rows, head=("label", "text")))
+    given = ["--dataset", "csv:a $x$ [b]*.csv", "--model", str(small / "model"), "--rounds", "1",
+             "--warmup-steps", "2", "--ssop-rank", "4", "--data-dir", "data"]
+    assert exit_code(elsa.main, given) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith(
+        "texts: 30 rows of a $x$ [b]*.csv (comma, utf-8, header label,text), 3 classes ($1$ 10, "
+        "$2$ 10, $3$ 10), test: a drawn fifth, 6; 6 training texts set apart as probes (of 96 "
+        "wanted: a quarter at most); 2 clients of 6 to 12 training texts (12 were too many for so "
+        "few texts), 1 of them with one class only")
+    out, = Path("runs").iterdir()
+    before = result(out)
+    assert len(before["trust"]) == 2 and (out / "figure.png").stat().st_size > 10_000
+    again = ["--dataset", "csv:./a $x$ [b]*.csv", *given[2:], "--resume", "--out-dir", str(out)]
+    assert exit_code(elsa.main, again) == 0
+    assert result(out) == {**before, "dataset": "csv:./a $x$ [b]*.csv"}
+    Path("a $x$ [b]*.csv").write_text(table([*rows[:-1], (rows[-1][0], "another")],
+                                            head=("label", "text")))
+    capsys.readouterr()
+    assert exit_code(elsa.main, again) == 2
+    assert "the texts of this run were others" in capsys.readouterr().err
+    assert result(out) == {**before, "dataset": "csv:./a $x$ [b]*.csv"}
+
+
 BAD = [
     (["--dataset", "imdb"], "unknown"), (["--dataset", "csv:/nowhere.csv"], "no such file"),
+    (["--dataset", "texts.csv"], "Did you mean csv:texts.csv?"),
+    (["--dataset", "topics", "--model", "tiny", "--test-file", "x.csv"], "--test-file is of csv"),
+    (["--dataset", "topics", "--model", "tiny", "--encoding", "latin-1"], "--encoding is of csv"),
+    (["--capacity", "1", "--rounds", "1", "--no-trust"], "--capacity 1: 2 edges take 2 clients"),
     (["--dataset", "trec"], "train_5500.label"), (["--model", "/nowhere/at/all"], "/nowhere"),
     (["--model", "tiny"], "topics"), (["--method", "fedsgd"], "split-flat"),
     (["--poison", "flip:2"], "label-flip:N"), (["--poison", "random:5"], "no honest"),
