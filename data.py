@@ -634,22 +634,22 @@ def _csv_set(name, seed, encoding=None, label_column=None, text_column=None, tes
     """
     path = _table_path(name, "csv:")
     flags = {"--label-column": label_column, "--text-column": text_column}
-    rows, columns, said = _labelled_rows(path, encoding, flags)
-    names = [label for _, label, _ in rows]
-    classes = sorted(set(names))
+    rows, columns, how = _labelled_rows(path, encoding, flags)
+    _check_first_row(path, rows, columns)
+    classes = sorted({label for _, label, _ in rows})
     if len(classes) < 2:
         raise UserError(f"{path} has {len(classes)} classes; expected rows label,text of at least "
-                        f"2 ({said})")
+                        f"2 ({how})")
     number = {c: i for i, c in enumerate(classes)}
-    labels, notes = np.array([number[c] for c in names]), _label_notes(classes)
-    texts = [text for *_, text in rows]
-    said = f"{len(rows)} rows of {printable(path.name)} ({said}), {_class_counts(classes, labels)}"
+    labels, texts = np.array([number[label] for _, label, _ in rows]), [text for *_, text in rows]
+    said = f"{len(rows)} rows of {printable(path.name)} ({how}), {_class_counts(classes, labels)}"
+    notes, lost = _label_notes(classes), sum("\ufffd" in text for text in texts)
+    notes += [f"texts with U+FFFD, a character that was lost before: {lost}"] * bool(lost)
     if test_file is None:
-        counts = np.bincount(labels)
-        once = [f"{name[:30]!r} (row {i})" for (i, name, _), c in zip(rows, labels, strict=True)
-                if counts[c] == 1]
+        once = [f"{label[:30]!r} (row {i})" for (i, label, _), n in zip(
+            rows, np.bincount(labels)[labels], strict=True) if n == 1]
         if once:
-            raise UserError(f"{path}: classes of one row: {len(once)}, {_first(once)}; at least 2 "
+            raise UserError(f"{path}: classes of one row ({len(once)}): {_first(once)}; at least 2 "
                             "rows are needed, one of them for the test, or a --test-file")
         rng = numpy_generator(seed, "csv test")
         test = np.sort(np.concatenate([
@@ -661,17 +661,14 @@ def _csv_set(name, seed, encoding=None, label_column=None, text_column=None, tes
     else:
         path = _table_path(test_file, "--test-file ")
         rows, _, how = _labelled_rows(path, encoding, flags, columns)
-        odd = [(i, label) for i, label, _ in rows if label not in number]
+        odd = [f"{label[:30]!r} (row {i})" for i, label, _ in rows if label not in number]
         if odd:
-            raise UserError(f"{path}: rows with a label that the training file lacks: {len(odd)}, "
-                            f"the first is row {odd[0][0]}, {odd[0][1][:40]!r}")
-        test_labels = np.array([number[label] for _, label, _ in rows])
-        parts = (texts, labels), ([text for *_, text in rows], test_labels)
+            raise UserError(f"{path}: labels that the training file lacks: {_first(odd)}")
+        test = [number[label] for _, label, _ in rows]
+        parts = (texts, labels), ([text for *_, text in rows], test)
         said += f", test: {len(rows)} rows of {printable(path.name)} ({how})"
-        none = [c[:30] for i, c in enumerate(classes) if i not in test_labels]
-        notes += [f"no test text of {', '.join(none[:5])}" + ", ..." * (len(none) > 5)] * bool(none)
-    lost = sum("\ufffd" in t for part, _ in parts for t in part)
-    notes += [f"texts with U+FFFD, a character that was lost before: {lost}"] * bool(lost)
+        none = [name[:30] for name, c in number.items() if c not in set(test)]
+        notes += [f"no test text of {_first(none)}"] * bool(none)
     return _text_set(path.stem, classes, *parts, "; ".join([said, *notes]))
 
 
@@ -711,33 +708,35 @@ def _labelled_rows(path, encoding, flags, like=None):
         said += f", label = {names[label]}, text = {names[text]}"
     said += f", copies of the header left out: {copies}" * bool(copies)
     found = [(i, row[label].strip(), row[text]) for i, row in inside]
-    bare = {i: [word for word, there in (("label", b), ("text", c.strip())) if not there]
-            for i, b, c in found}
-    bare = {i: words for i, words in bare.items() if words}
+    if not found:
+        raise UserError(f"{path} holds a header and no rows")
+    bare = [i for i, b, c in found if not b or not c.strip()]
     if bare:
-        word = " or ".join(dict.fromkeys(w for words in bare.values() for w in words))
-        raise UserError(f"{path}: {len(bare)} rows have no {word}: {_first(bare)}; fill them in or "
-                        "take them out")
+        raise UserError(f"{path}: rows without a text or a label ({len(bare)}): {_first(bare)}; "
+                        "fill them in or take them out")
     wide = [i for i, b, _ in found if re.search("[\r\n]", b)]
     if wide:
         raise UserError(f"{path}, row {wide[0]}: its label has several lines; has a quote gone "
                         "astray?")
-    if not found:
-        raise UserError(f"{path} holds a header and no rows")
     spaced = len({row[label] for _, row in inside}) - len({b for _, b, _ in found})
     said += ", labels with and without spaces around them taken together" * (spaced > 0)
-    counts = Counter(b for _, b, _ in found)
-    other = len({row[text].strip() for _, row in rows})
-    if like is None and not header and len(counts) > len(found) / 2 > other:
-        raise UserError(f"{path}: column {label + 1}, read as labels, has {len(counts)} values in "
-                        f"{len(found)} rows, column {text + 1} has {other}; if those are labels, "
+    return found, ((label, text), head, header), said
+
+
+def _check_first_row(path, rows, columns):
+    """UserError if the columns seem to be the wrong way round, or row 1 seems to be a header."""
+    (label, text), head, header = columns
+    labels = Counter(b for _, b, _ in rows)
+    others = len({c.strip() for *_, c in rows})
+    if not header and len(labels) > len(rows) / 2 > others:
+        raise UserError(f"{path}: column {label + 1}, read as labels, has {len(labels)} values in "
+                        f"{len(rows)} rows, column {text + 1} has {others}; if those are labels, "
                         f"add --label-column {text + 1} --text-column {label + 1}")
-    if like is None and not header and counts[found[0][1]] == 1 < len(found):
+    if not header and labels[rows[0][1]] == 1 < len(rows):
         raise UserError(f"{path}: row 1, {','.join(head)[:60]!r}, looks like a header: its label "
                         "occurs nowhere else. If it is one, name the columns by it: --label-column "
                         f"{head[label][:30]!r} --text-column {head[text][:30]!r}; if not, give its "
                         "class a second row")
-    return found, ((label, text), head if header else None), said
 
 
 def _first(numbers):
@@ -767,7 +766,7 @@ def _find_columns(path, rows, flags, like):
     numbered = {f"{j + 1}": j for j in range(width)}
     # Row 1 is a header if a flag names a column by it, or if it holds a usual name and nothing that
     # stands in its column again, as classes do
-    header = rows[0][0] == 0 or (like is not None and head == like[1]) or \
+    header = rows[0][0] == 0 or (like is not None and like[2] and head == like[1]) or \
         any(name is not None and name not in numbered for name in flags.values())
     new = header or not any(head[j] and head[j] == row[j].strip() for _, row in rows[1:]
                             if row != rows[0][1] for j in used)

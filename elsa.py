@@ -17,6 +17,7 @@ Run
     python elsa.py                                       the small world: a minute, no download
     python elsa.py --method all                          all methods on the same clients and draws
     python elsa.py --dataset trec --model DIR_OR_HUB_ID  a real encoder, 12 clients on TREC
+    python elsa.py --dataset csv:FILE --model ...        your own labels and texts, any table
     python elsa.py --recovery lsq --ssop edge            the channel: see --channel, --ssop
     Beside the paper, with the same flags: beyond/elsa_channels.py (cheaper ways to send a state),
     beyond/elsa_attacks.py (what an observer reads), beyond/elsa_plan.py (how long a round takes).

@@ -679,17 +679,17 @@ REFUSED = {
     "utf-16 without a mark": (table().encode("utf-16-le"), {}, "row 1 holds a NUL.*utf-16-le"),
     "a NUL": (table() + "egg,a\0b\n", {}, "row 16 holds a NUL byte"),
     "a spreadsheet": (b"PK\3\4\x14\0\6\0\xff\xfe", {}, "NUL byte: it is no text file"),
-    "no texts": (table() + "egg,\n,one\nham, \n", {}, "3 rows have no text or label: 16, 17, 18;"),
+    "no texts": (table() + "egg,\n,one\nham, \n", {}, r"text or a label \(3\): 16, 17, 18;"),
     "many without": ("".join(f"a,\nb,{i}\n" for i in range(12)), {},
-                     "12 rows have no text: 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...;"),
+                     r"label \(12\): 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...;"),
     "classes of one row": (table([*ROWS, ("rye", "x"), ("fig", "y")]), {},
-                           r"classes of one row: 2, 'rye' \(row 16\), 'fig' \(row 17\)"),
+                           r"classes of one row \(2\): 'rye' \(row 16\), 'fig' \(row 17\)"),
     "one class": ("a,b\na,c\n", {}, "has 1 classes"), "empty": ("", {}, "it is empty"),
     "a header alone": ("label,text\n", {}, "holds a header and no rows"),
     "no object": ('{"text": "a", "label": 1}\n[1]\n', {}, "row 2: expected a JSON object"),
     "broken json": ('{"text": "a",\n', {}, "row 1: expected a JSON object"),
     "lists in json": ('{"text": ["a"], "label": 1}\n{"text": "b", "label": null}\n', {},
-                      "2 rows have no text or label: 1, 2")}
+                      r"rows without a text or a label \(2\): 1, 2;")}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -729,7 +729,7 @@ def test_csv_with_a_test_file_of_its_own(tmp_path):
     assert "test: 3 rows of test.csv (semicolon, utf-8, header id,words,gold" in found.said
     assert "no test text of rye, spam" in found.said
     assert "test texts that stand in the training part too: 2" in found.said
-    for content, words in ((table([*rows, (1, "y", "rice")], head=head), "row 5, 'rice'"),
+    for content, words in ((table([*rows, (1, "y", "rice")], head=head), r"'rice' \(row 5\)"),
                            (table(rows, head=("id", "words", "label")), "id,words,label")):
         other.write_text(content)
         with pytest.raises(common.UserError, match=f"test.csv.*{words}|{words}.*test.csv|{words}"):
