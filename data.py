@@ -810,8 +810,13 @@ def _read_table(path, encoding):
     ending = path.suffix.lower()
     if ending in (".jsonl", ".ndjson"):
         return _json_rows(path, text), f"JSON lines, {how}"
+    names, told = list(DELIMITERS), re.match("sep=([,;\t])(?=[\r\n])", text)
+    if told:  # a spreadsheet's own first line
+        names, text = [n for n in names if DELIMITERS[n] == told[1]], text[told.end():]
+    elif ending in (".tsv", ".tab"):
+        names = ["tab"]
     found, trouble = {}, {}
-    for name in ["tab"] if ending in (".tsv", ".tab") else DELIMITERS:
+    for name in names:
         # As spreadsheets write it. Where spaces stand before quotes, these are tried as quotes
         # first; between tabs, which need none, quotes may be signs like others
         sign, ways = DELIMITERS[name], [({}, "")]
@@ -859,7 +864,8 @@ def _split_rows(text, sign, quotes):
     width = Counter(len(fields) for _, fields in rows).most_common(1)[0][0]
     odd = [f"row {i} has {len(fields)}" for i, fields in rows if len(fields) != width]
     if width < 2:
-        return rows, f"expected rows label,text, found {rows[0][1][0][:40]!r}"
+        return rows, (f"expected rows label,text (comma, semicolon or tab), found "
+                      f"{rows[0][1][0][:40]!r}")
     if odd:
         return rows, (f"{len(odd)} of {len(rows)} rows do not have {width} fields: {_first(odd)}; "
                       f"a text that holds {sign!r} must stand in quotes")
@@ -883,11 +889,13 @@ def _json_rows(path, text):
     found = []
     for i, line in enumerate(text.split("\n"), 1):
         try:
-            found += [(i, json.loads(line))] if line.strip() else []
+            row = json.loads(line) if line.strip() else {}
+            json.dumps(row, ensure_ascii=False).encode()  # fails on half of a surrogate pair
         except ValueError:
-            found.append((i, None))
-        if found and not isinstance(found[-1][1], dict):
+            row = None
+        if not isinstance(row, dict):
             raise UserError(f"{path}, row {i}: expected a JSON object with a label and a text")
+        found += [(i, row)] * bool(row)
     keys = list(dict.fromkeys(k for _, row in found for k in row))
     if not found or len(keys) < 2:
         raise UserError(f"{path}: expected JSON objects with a label and a text, one a line")

@@ -588,6 +588,8 @@ READABLE = {
                      ROWS + [(a, b.replace("number", "item")) for a, b in ROWS],
                      "copies of the header left out: 1"),
     "semicolon": (table(sep=";", head=("label", "text")), {}, ROWS, "(semicolon, utf-8, header"),
+    "a first line that tells": ("sep=;\r\n" + table(sep=";", head=("label", "text")), {}, ROWS,
+                               "(semicolon, utf-8, header label,text)"),
     "semicolons in texts": (table([(a, f"x{i}; y{i}") for i, (a, _) in enumerate(ROWS)]), {},
                             [(a, f"x{i}; y{i}") for i, (a, _) in enumerate(ROWS)], "(comma, utf"),
     "tab": (table(sep="\t"), {}, ROWS, "(tab, utf-8"),
@@ -659,7 +661,7 @@ REFUSED = {
     "no such number": (table(), {"label_column": "3"}, "--label-column 3: row 1 .* from 1 to 2"),
     "one column for both": (table(), {"label_column": "1", "text_column": "1"}, "name the two"),
     "two separators": ("a,x;y\nb,z;u\na,v;y\n", {}, "at every comma and at every semicolon"),
-    "no separator": ("some words\nothers\n", {}, "expected rows label,text, found 'some words'"),
+    "no separator": ("some words\nothers\n", {}, "comma, semicolon or tab.*found 'some words'"),
     "a comma in a text": (table() + "egg,one, two\nham\n", {},
                           "2 of 17 rows do not have 2 fields: row 16 has 3, row 17 has 1; a text "
                           "that holds ',' must stand in quotes"),
@@ -687,6 +689,7 @@ REFUSED = {
     "one class": ("a,b\na,c\n", {}, "has 1 classes"), "empty": ("", {}, "it is empty"),
     "a header alone": ("label,text\n", {}, "holds a header and no rows"),
     "no object": ('{"text": "a", "label": 1}\n[1]\n', {}, "row 2: expected a JSON object"),
+    "half a character in json": ('{"text": "\\ud83d", "label": 1}\n', {}, "row 1: expected a JSON"),
     "broken json": ('{"text": "a",\n', {}, "row 1: expected a JSON object"),
     "lists in json": ('{"text": ["a"], "label": 1}\n{"text": "b", "label": null}\n', {},
                       r"rows without a text or a label \(2\): 1, 2;")}
