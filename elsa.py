@@ -50,10 +50,9 @@ Cost
     One step on the link: 4 · B · T · D · 4 bytes · ρ (states and gradients, up and down), T the
     longest text of the batch; a round adds two copies of φ a client, without part 2's, which stays
     at the edge. MiniLM (D = 384), 16 texts of 32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters
-    295 kB. Simulating the split costs
-    nothing: the parts run in one autograd graph, nothing is copied (benchmarks/elsa_step.py
-    measures it). SS-OP costs 4rD instead of 2D² operations a state, a sketch two products with
-    (D, ρD).
+    295 kB. Simulating the split costs nothing: the parts run in one autograd graph, nothing is
+    copied (benchmarks/elsa_step.py measures it). SS-OP costs 4rD instead of 2D² operations a state,
+    a sketch two products with (D, ρD).
 
 Results
     small world, under a CPU-minute, 5 seeds: served by FedAvg 46.6 ± 7.4, by ELSA's edges 91.4 ±
@@ -1025,7 +1024,8 @@ def build_parser(doc=__doc__, channels=CHANNELS, flags=()):
     add("--max-length", int, 64, "tokens of a text at most", low=4)
     add("--rank", int, 8, "LoRA rank on query and value", low=1)
     add("--lora-alpha", float, 16.0, "LoRA scale α/r", above=0)
-    add("--dropout", float, None, "in the encoder and before the head (default .1; small world 0)",
+    add("--dropout", float, None, "in the encoder and before the head (default .1; small world 0); "
+        "with --model tiny before the head alone",
         low=0, high=.9)
     add("--split", str, None, "P,Q: part 2 is blocks P..Q-1 (default 1,L-1), or auto: per client, "
         "from memory and speed (UNSPECIFIED 6)")
@@ -1122,6 +1122,7 @@ def idle_flags(args, given):
         (args.sketch == "none", {"channel"} | sketch, "--sketch none sends all as it is"),
         (args.channel not in ("none", "sketch"), {"sketch_rows", "recovery"},
          f"--channel {args.channel} is no sketch"),
+        (args.channel == "quant", {"ratio"}, "--channel quant sends every number"),
         (args.ssop == "none", {"ssop_rank"}, "--ssop none rotates nothing"),
         (not runs(args, "elsa"), grouping, f"--method {args.method} groups nobody by behaviour"),
         (args.no_trust, {"neighbours", "trust_factor"}, "--no-trust keeps every client"),
