@@ -1166,7 +1166,11 @@ def build_federation(args, run, channels=CHANNELS):
     width = encoder.config.hidden_size
     split = runs(args, *SPLIT)
     if split and args.ssop != "none" and args.ssop_rank > width:
-        raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} dimensions")
+        if args.ssop_rank != REAL["ssop_rank"]:
+            raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} "
+                                   "dimensions")
+        run.warn(f"--ssop-rank is {width} here: the states have no more dimensions")
+        args.ssop_rank = width
     if split and args.channel == "sketch" and args.sketch != "none" and \
             int(args.ratio * width / args.sketch_rows) < 1:
         raise common.UserError(f"--ratio {args.ratio} with --sketch-rows {args.sketch_rows} leaves "

@@ -1312,9 +1312,10 @@ def test_a_small_csv_runs_as_it_is_and_resumes_on_its_own_texts_only(
     rows = [(f"${c}$", f"{words[c]} {words[-c]} {words[i]}") for i in range(10) for c in (1, 2, 3)]
     Path("a $x$ [b]*.csv").write_text(table(rows, head=("label", "text")))
     given = ["--dataset", "csv:a $x$ [b]*.csv", "--model", str(small / "model"), "--rounds", "1",
-             "--warmup-steps", "2", "--ssop-rank", "4", "--data-dir", "data"]
+             "--warmup-steps", "2", "--data-dir", "data"]
     assert exit_code(elsa.main, given) == 0
     err = capsys.readouterr().err.splitlines()
+    assert "note: --ssop-rank is 16 here: the states have no more dimensions" in err
     assert err[0].startswith(
         "texts: 30 rows of a $x$ [b]*.csv (comma, utf-8, header label,text), 3 classes ($1$ 10, "
         "$2$ 10, $3$ 10), test: a drawn fifth, 6; 6 training texts set apart as probes (of 96 "
