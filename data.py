@@ -220,8 +220,9 @@ def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries
         if all(map(len, train)) and all(map(len, test)):
             return train, test
     raise UserError(
-        f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test "
-        f"sample in {tries} draws; use fewer --clients or a larger {flag}")
+        f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test sample "
+        + (f"in {tries} draws" if enough else f"of {len(train_labels)} and {len(test_labels)}")
+        + f"; use fewer --clients or a larger {flag}")
 
 
 def federated_clients(images, train_labels, num_clients, beta, rng):
