@@ -5,8 +5,9 @@ Image sets   `load_images(name, data_dir, seed)` -> ImageSet: CIFAR, Food-101, D
              own files; `folder:PATH` from any ImageFolder tree; `shapes` rendered here.
 Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`, `long_tailed`
 Clients      `pachinko_partition` (two label levels), `dirichlet_partition`, `federated_clients`
-Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH, `topics`; `text_clients`,
-             `poison_labels`, `draw_network`; `load_encoder`: `tiny_bert`, `text_encoder`
+Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH (any table of labels and texts), `topics`;
+             `text_clients`, `poison_labels`, `draw_network`; `load_encoder`: `tiny_bert`,
+             `text_encoder`
 Reading      `ImagePool`: images through a transform, in memory when they are small
 Transfer     `load_splits` (VTAB-1k, FGVC, folders), `frozen_vit`, `transfer_task`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
@@ -17,10 +18,13 @@ Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE (TABLE)
 
 Each section can be read alone.
 """
+import codecs
+import contextlib
 import csv
 import difflib
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -29,7 +33,9 @@ import re
 import runpy
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,10 +51,17 @@ from common import (
     cached,
     non_dominated,
     numpy_generator,
+    printable,
     seed_for,
     seed_torch,
     torch_generator,
 )
+
+
+def user_path(text):
+    """A path as a user writes it: ~ is the home folder."""
+    return Path(text).expanduser()
+
 
 # ------------------------------------------------------------------------------------------------
 # Long tails
@@ -169,22 +182,25 @@ def _draw(weights, available, rng):
     return int(np.searchsorted(np.cumsum(weights / weights.sum())[:-1], rng.random(), side="right"))
 
 
-def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries=1000):
+def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries=1000,
+                        flag="--beta"):
     """Non-IID clients: each class is cut over the clients by one Dirichlet(beta) draw.
 
     A client that already holds N / K training samples gets nothing of further classes. The test
     samples of a class are cut by the same proportions. Redrawn until every client has a training
     and a test sample. Source: Hsu et al. 2019, with the cap of Wang et al., ICLR 2020.
 
-    train_labels, test_labels: (N,), (M,) ints in 0..C-1, or None for no test; beta > 0
-    -> two lists of K sorted int64 arrays (training, test; [] without one). UserError if no draw
-    serves all.
+    train_labels, test_labels: (N,), (M,) ints in 0..C-1, or None for no test; beta > 0; flag: what
+    the command calls it -> two lists of K sorted int64 arrays (training, test; [] without one).
+    UserError if no draw serves all.
     """
     if test_labels is None:
-        train, _ = dirichlet_partition(train_labels, train_labels, num_clients, beta, rng, tries)
+        train, _ = dirichlet_partition(train_labels, train_labels, num_clients, beta, rng, tries,
+                                       flag)
         return train, []
     train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
-    for _ in range(tries):
+    enough = num_clients <= min(len(train_labels), len(test_labels))
+    for _ in range(tries if enough else 0):
         train, test = [[] for _ in range(num_clients)], [[] for _ in range(num_clients)]
         held = np.zeros(num_clients)
         for c in range(int(max(train_labels.max(), test_labels.max())) + 1):
@@ -204,8 +220,9 @@ def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries
         if all(map(len, train)) and all(map(len, test)):
             return train, test
     raise UserError(
-        f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test "
-        f"sample in {tries} draws; use fewer --clients or a larger --beta")
+        f"no Dirichlet({beta}) split gave all {num_clients} clients a training and a test sample "
+        + (f"in {tries} draws" if enough else f"of {len(train_labels)} and {len(test_labels)}")
+        + f"; use fewer --clients or a larger {flag}")
 
 
 def federated_clients(images, train_labels, num_clients, beta, rng):
@@ -250,7 +267,7 @@ class TextSet:
     """Labelled texts. train, test: lists of str; train_labels, test_labels: (N,) int64 arrays.
 
     train_groups, test_groups: the domain of every text, all 0 where a set knows none; probes:
-    public unlabelled texts, empty where a set brings none.
+    public unlabelled texts, empty where a set brings none; said: what was read and left out.
     """
     name: str
     class_names: list
@@ -261,6 +278,7 @@ class TextSet:
     train_groups: np.ndarray
     test_groups: np.ndarray
     probes: list
+    said: str
 
 
 TREC_CLASSES = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
@@ -277,66 +295,117 @@ TEXT_FILES = {
 TEXT_SETS = [*TEXT_FILES, "topics", "topics-same"]
 
 
-def load_texts(name, data_dir, seed=0, probes=None, num_probes=0):
+def text_set_name(dataset):
+    """A --dataset of texts, checked before anything is read -> itself; UserError: no such set."""
+    if dataset in TEXT_SETS or dataset.startswith("csv:"):
+        return dataset
+    word = dataset.lower().replace("_", "-")
+    near = difflib.get_close_matches(word, [*TEXT_SETS, "csv:"], 1, .75)
+    if word.startswith("csv:"):
+        near = ["csv:" + dataset[4:]]
+    elif user_path(dataset).is_dir():
+        near = [f"csv:{dataset}/FILE"]
+    elif user_path(dataset).is_file() or Path(word).suffix in (".csv", ".tsv", ".jsonl", ".txt"):
+        near = [f"csv:{dataset}"]
+    raise UserError(f"--dataset {dataset!r} is unknown; there are {', '.join(TEXT_SETS)} and "
+                    f"csv:PATH{f'. Did you mean {near[0]}?' if near else ''}")
+
+
+def load_texts(name, data_dir, seed=0, probes=None, num_probes=0, encoding=None, **table):
     """The TextSet `name`, one of TEXT_SETS or "csv:PATH"; downloads into data_dir if it can.
 
     probes: a file of public texts, one a line; without it a set's own are taken, and a set that has
     none gives up num_probes > 0 of its training texts. seed matters for what is generated and which
-    texts are given up. UserError: unknown name, missing, empty or damaged files, no network (the
-    message says which files to put where), fewer than 4 probes.
+    texts are given up, or are the test. encoding: of a csv and of probes without a byte order mark,
+    if they are not UTF-8; table: label_column, text_column and test_file of a csv, see _csv_set.
+    UserError: unknown name, missing, empty or damaged files, no network (the message says which
+    files to put where), fewer than 4 probes.
     """
-    texts = _load_texts(name, data_dir, seed)
+    texts = _load_texts(text_set_name(name), data_dir, seed, encoding, table)
+    seen = set(texts.train)
+    found = sum(t in seen for t in texts.test)
+    notes = [f"test texts that stand in the training part too: {found}"] * bool(found)
+    labels = {pair for part in ((texts.train, texts.train_labels), (texts.test, texts.test_labels))
+              for pair in zip(*part, strict=True)}
+    twice = [t for t, n in Counter(t for t, _ in labels).items() if n > 1 and not any(
+        texts.train_groups)]
+    if twice:
+        notes.append(f"texts with more than one label: {len(twice)}, such as {twice[0][:40]!r}")
     if probes is not None:
-        texts.probes = _read_probes(probes)
-    elif num_probes and not texts.probes:
+        texts.probes, said = _read_probes(probes, encoding)
+        notes.append(said)
+    elif texts.probes:
+        notes.append(f"{len(texts.probes)} probes of its own")
+    elif num_probes:
         _set_probes_apart(texts, num_probes, numpy_generator(seed, "probes"))
+        less = len(texts.probes) < num_probes
+        notes.append(f"{len(texts.probes)} training texts set apart as probes"
+                     + less * f" (of {num_probes} wanted: a quarter at most)")
+    texts.said = "; ".join([texts.said, *notes])
     return texts
 
 
-def _load_texts(name, data_dir, seed):
+def _load_texts(name, data_dir, seed, encoding, table):
     if name in ("topics", "topics-same"):
         return topics(seed, same=name == "topics-same")
     if name.startswith("csv:"):
-        return _csv_set(Path(name.partition(":")[2]))
-    if name not in TEXT_FILES:
-        raise UserError(
-            f"unknown text set {name!r}; there are {', '.join(TEXT_SETS)} and csv:PATH")
+        return _csv_set(name.partition(":")[2], seed, encoding, **table)
     folder, files, url = TEXT_FILES[name]
     root = Path(data_dir) / folder
     if not all((root / f).exists() for f in files):
         _fetch_texts(name, root, files, url)
     read = {"trec": _read_trec, "ag-news": _read_ag_news, "sst2": _read_sst2}[name]
-    parts = [read(root / f) for f in files]
+    classes = {"trec": TREC_CLASSES, "ag-news": AG_CLASSES, "sst2": ["negative", "positive"]}[name]
+    parts, missing = [read(root / f) for f in files], ""
     for f, (texts, labels) in zip(files, parts, strict=True):
         if not texts or len(set(labels)) < 2:
             raise UserError(f"{root / f} holds {len(texts)} texts of {len(set(labels))} classes; "
                             f"expected the file of {url}")
-    classes = {"trec": TREC_CLASSES, "ag-news": AG_CLASSES, "sst2": ["negative", "positive"]}[name]
-    return _text_set(name, classes, *parts)
+        none = [c for i, c in enumerate(classes) if i not in labels]
+        missing += bool(none) * f"; {f} holds no text of {', '.join(none)}"
+    said = (f"{name}, {_class_counts(classes, parts[0][1])}, test: {len(parts[1][0])} of "
+            f"{files[1]}{missing}")
+    return _text_set(name, classes, *parts, said)
 
 
-def _text_set(name, classes, train, test):
+def _text_set(name, classes, train, test, said):
     (texts, labels), (test_texts, test_labels) = train, test
     return TextSet(name, classes, texts, np.array(labels, dtype=np.int64), test_texts,
                    np.array(test_labels, dtype=np.int64), np.zeros(len(texts), dtype=np.int64),
-                   np.zeros(len(test_texts), dtype=np.int64), [])
+                   np.zeros(len(test_texts), dtype=np.int64), [], said)
 
 
-def _read_probes(path):
-    try:
-        lines = [x.strip() for x in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--probes {path} cannot be read ({error})") from None
-    lines = [line for line in lines if line]
-    if len(lines) < 4:
-        raise UserError(f"--probes {path}: lines with text: {len(lines)}; a covariance needs at "
-                        "least 4 texts, one a line, better 96")
-    return lines
+def _class_counts(names, labels):
+    """"3 classes (ham 40, spam 9, egg 2)"; of more than ten, the first five and the rarest."""
+    counts = np.bincount(labels, minlength=len(names))
+    shown = [f"{name[:30]} {n}" for name, n in zip(names, counts, strict=True)]
+    if len(shown) > 10:
+        shown = [*shown[:5], "..., rarest: " + shown[counts.argmin()]]
+    return f"{len(names)} classes ({', '.join(shown)})"
+
+
+def _read_probes(path, encoding=None):
+    """The lines of a file that hold text, each once -> texts, what was read."""
+    lines, how = _lines(user_path(path), encoding)
+    lines = [line.strip() for _, line in lines]
+    once = list(dict.fromkeys(lines))
+    if len(once) < 4:
+        raise UserError(f"--probes {path}: lines with text: {len(once)}; a covariance needs at "
+                        "least 4 different texts, one a line, better 96")
+    again = f", repeated lines left out: {len(lines) - len(once)}" * (len(once) < len(lines))
+    return once, f"{len(once)} probes of {printable(Path(path).name)} ({how}{again})"
 
 
 def _set_probes_apart(texts, count, rng):
-    """Moves `count` training texts, at most a quarter, to the probes; nobody sees their labels."""
-    apart = rng.permutation(len(texts.train))[:min(count, len(texts.train) // 4)]
+    """Moves `count` training texts, at most a quarter, to the probes; nobody sees their labels.
+
+    The last text of a class stays: what cannot be trained could not be tested either.
+    """
+    quota, left, apart = min(count, len(texts.train) // 4), np.bincount(texts.train_labels), []
+    for i in rng.permutation(len(texts.train)):
+        if len(apart) < quota and left[texts.train_labels[i]] > 1:
+            apart.append(i)
+            left[texts.train_labels[i]] -= 1
     if len(apart) < 4:
         raise UserError(f"{texts.name} has {len(texts.train)} training texts, too few to set "
                         "probes apart; add texts or name --probes FILE")
@@ -349,10 +418,18 @@ def _set_probes_apart(texts, count, rng):
 def text_clients(texts, num_clients, alpha, seed=0):
     """Clients take turns over a set's domains; each domain is cut by a Dirichlet(alpha) draw.
 
-    -> K pairs (train, test) of int64 tensors, numbers into the pool of all training texts followed
-    by all test texts, and the domain of each client. UserError: a domain without a client, or as
-    dirichlet_partition.
+    num_clients None: 12, or as many as have 8 training and 2 test texts each in the mean and can be
+    drawn. -> K pairs (train, test) of int64 tensors, numbers into the pool of all training texts
+    followed by all test texts, and the domain of each client. UserError: a domain without a client,
+    or as dirichlet_partition.
     """
+    if num_clients is None:
+        for count in range(max(min(12, len(texts.train) // 8, len(texts.test) // 2), 1), 1, -1):
+            try:
+                return text_clients(texts, count, alpha, seed)
+            except UserError:
+                continue
+        num_clients = 1
     groups = np.unique(texts.train_groups)
     domain = [int(groups[k % len(groups)]) for k in range(num_clients)]
     clients = [None] * num_clients
@@ -363,7 +440,8 @@ def text_clients(texts, num_clients, alpha, seed=0):
                             "least one client")
         train, test = (np.flatnonzero(x == g) for x in (texts.train_groups, texts.test_groups))
         parts = dirichlet_partition(texts.train_labels[train], texts.test_labels[test], len(mine),
-                                    alpha, numpy_generator(seed, "partition", int(g)))
+                                    alpha, numpy_generator(seed, "partition", int(g)),
+                                    flag="--alpha")
         for k, a, b in zip(mine, *parts, strict=True):
             clients[k] = torch.as_tensor(train[a]), torch.as_tensor(test[b] + len(texts.train))
     return clients, domain
@@ -444,19 +522,63 @@ def _fetch_texts(name, root, files, url):
                         f"{' and '.join(files)} into {root}") from None
 
 
-def _lines(path, encoding="utf-8"):
-    """The non-empty lines of a text file with their numbers."""
+# The bytes that a text file may start with, and what they say about the rest
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
+         codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def _read_text(path, encoding=None, usual="utf-8"):
+    """A text file, nothing replaced -> its text without a byte order mark, and how it was read.
+
+    By its byte order mark; without one by `encoding`, or else as UTF-8, then as `usual`. UserError:
+    no such file; the row of the first byte that is none of these.
+    """
     try:
-        text = Path(path).read_text(encoding=encoding)
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); expected a text file"
+                        ) from None
+    marked = next((name for mark, name in MARKS.items() if raw.startswith(mark)), None)
+    found = marked or encoding or "utf-8"
+
+    def refuse(before, what):
+        row = 1 + len(re.findall("\r\n|\r|\n", before))
+        raise UserError(f"{path}, row {row} holds {what}") from None
+    try:
+        text = raw.decode(found)
+    except LookupError:
+        raise UserError(f"--encoding {encoding} is unknown; name one of Python's, such as utf-8, "
+                        "utf-16, latin-1, cp1252, gb18030, shift_jis") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not {encoding} text ({error})") from None
-    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if usual != found == "utf-8" and encoding is None:
+            return _read_text(path, usual)
+        if b"\0" not in raw:
+            refuse(error.object[:error.start].decode(found, "replace"),
+                   f"the byte 0x{error.object[error.start]:02x}, which is not {found}; name the "
+                   "file's own --encoding, such as cp1252 (Windows), latin-1, gb18030")
+        text = "\0"
+    if "\0" in text:
+        refuse(text.partition("\0")[0], "a NUL byte: it is no text file (a spreadsheet? save it as "
+               "CSV), or UTF-16 without a byte order mark (name --encoding utf-16-le)")
+    doubtful = ""
+    if not marked and encoding and not codecs.lookup(encoding).name.startswith("utf"):
+        with contextlib.suppress(UnicodeDecodeError):
+            doubtful = ", though it is valid utf-8" * (not raw.decode().isascii())
+    return text.removeprefix("\ufeff"), (marked or found).removesuffix("-sig") + doubtful
+
+
+def _lines(path, encoding=None, usual="utf-8"):
+    """The non-empty lines of a text file with their numbers, and how it was read."""
+    text, how = _read_text(path, encoding, usual)
+    lines = enumerate(re.split("\r\n|\r|\n", text), 1)
+    return [(i, line) for i, line in lines if line.strip()], how
 
 
 def _read_trec(path):
     """Lines "COARSE:fine question", latin-1 -> texts, coarse labels."""
     texts, labels = [], []
-    for i, line in _lines(path, "latin-1"):
+    for i, line in _lines(path, usual="latin-1")[0]:
         kind, _, question = line.strip().partition(" ")
         coarse = kind.partition(":")[0]
         if coarse not in TREC_CLASSES or not question:
@@ -469,11 +591,11 @@ def _read_trec(path):
 def _read_ag_news(path):
     """Rows "class 1-4","title","description" -> title and description as one text, labels 0-3."""
     texts, labels = [], []
-    with open(path, newline="", encoding="utf-8") as handle:
-        for i, row in enumerate(csv.reader(handle), 1):
-            if len(row) != 3 or row[0] not in ("1", "2", "3", "4"):
-                raise UserError(f"{path}, row {i}: expected class 1-4, title, description; "
-                                f"got {str(row)[:60]}")
+    for i, row in enumerate(csv.reader(io.StringIO(_read_text(path)[0], newline="")), 1):
+        if row and (len(row) != 3 or row[0] not in ("1", "2", "3", "4")):
+            raise UserError(f"{path}, row {i}: expected class 1-4, title, description; "
+                            f"got {str(row)[:60]}")
+        if row:
             texts.append(f"{row[1]} {row[2]}")
             labels.append(int(row[0]) - 1)
     return texts, labels
@@ -482,8 +604,8 @@ def _read_ag_news(path):
 def _read_sst2(path):
     """Lines "sentence<TAB>0 or 1", with or without a header -> texts, labels."""
     texts, labels = [], []
-    for i, line in _lines(path):
-        text, _, label = line.rstrip("\r").rpartition("\t")
+    for i, line in _lines(path)[0]:
+        text, _, label = line.rpartition("\t")
         if i == 1 and label == "label":
             continue
         if label not in ("0", "1") or not text:
@@ -493,30 +615,295 @@ def _read_sst2(path):
     return texts, labels
 
 
-def _csv_set(path):
-    """A file of rows label,text; every fifth row of a class (at least one) is the test."""
-    if not path.is_file():
-        raise UserError(f"csv:{path}: there is no such file; expected rows label,text")
-    with open(path, newline="", encoding="utf-8", errors="replace") as handle:
-        rows = [row for row in csv.reader(handle) if row]
-    for i, row in enumerate(rows, 1):
-        if len(row) != 2 or not row[0].strip() or not row[1].strip():
-            raise UserError(f"{path}, row {i}: expected label,text, got {str(row)[:60]}")
-    classes = sorted({row[0] for row in rows})
-    parts = [[], []], [[], []]  # (texts, labels) to train and to test on
-    for c, name in enumerate(classes):
-        texts = [text for label, text in rows if label == name]
-        if len(texts) < 2:
-            raise UserError(f"{path}: class {name!r} has one row; at least 2 are needed, "
-                            "one of them for the test")
-        for i, text in enumerate(texts):
-            part = parts[i % 5 == min(4, len(texts) - 1)]
-            part[0].append(text)
-            part[1].append(c)
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t"}
+# What columns are usually called
+LABEL_NAMES = ["label", "labels", "class", "category", "target", "sentiment", "topic", "intent",
+               "tag", "y"]
+TEXT_NAMES = ["text", "texts", "sentence", "question", "review", "content", "message", "tweet",
+              "comment", "document", "body", "utterance", "query", "headline", "x"]
+
+
+def _csv_set(name, seed, encoding=None, label_column=None, text_column=None, test_file=None):
+    """The TextSet of a table of labels and texts: .csv, .tsv, or .jsonl with an object a line.
+
+    label_column, text_column: a header's name or a number from 1; without them a header's usual
+    names (LABEL_NAMES, TEXT_NAMES) or, in a table of two columns without header, label,text.
+    test_file: a table like it; without one a fifth of each class, at least one text, is drawn.
+    Rows are counted by the lines at which they start. UserError: what could be read in two ways, a
+    quote gone astray, rows of another width, without text or without label, a header that cannot be
+    told from a class, a class of one row.
+    """
+    path = _table_path(name, "csv:")
+    flags = {"--label-column": label_column, "--text-column": text_column}
+    rows, columns, how = _labelled_rows(path, encoding, flags)
+    _check_first_row(path, rows, columns)
+    classes = sorted({label for _, label, _ in rows})
     if len(classes) < 2:
         raise UserError(f"{path} has {len(classes)} classes; expected rows label,text of at least "
-                        "2")
-    return _text_set(path.stem, classes, *parts)
+                        f"2 ({how})")
+    number = {c: i for i, c in enumerate(classes)}
+    labels, texts = np.array([number[label] for _, label, _ in rows]), [text for *_, text in rows]
+    said = f"{len(rows)} rows of {printable(path.name)} ({how}), {_class_counts(classes, labels)}"
+    notes, lost = _label_notes(classes), sum("\ufffd" in text for text in texts)
+    notes += [f"texts with U+FFFD, a character that was lost before: {lost}"] * bool(lost)
+    if test_file is None:
+        once = [f"{label[:30]!r} (row {i})" for (i, label, _), n in zip(
+            rows, np.bincount(labels)[labels], strict=True) if n == 1]
+        if once:
+            raise UserError(f"{path}: classes of one row ({len(once)}): {_first(once)}; at least 2 "
+                            "rows are needed, one of them for the test, or a --test-file")
+        rng = numpy_generator(seed, "csv test")
+        test = np.sort(np.concatenate([
+            rng.permutation(np.flatnonzero(labels == c))[:max(1, (labels == c).sum() // 5)]
+            for c in range(len(classes))]))
+        train = np.setdiff1d(np.arange(len(rows)), test)
+        parts = [([texts[i] for i in part], labels[part]) for part in (train, test)]
+        said += f", test: a drawn fifth, {len(test)}"
+    else:
+        path = _table_path(test_file, "--test-file ")
+        rows, _, how = _labelled_rows(path, encoding, flags, columns)
+        odd = [f"{label[:30]!r} (row {i})" for i, label, _ in rows if label not in number]
+        if odd:
+            raise UserError(f"{path}: labels that the training file lacks: {_first(odd)}")
+        test = [number[label] for _, label, _ in rows]
+        parts = (texts, labels), ([text for *_, text in rows], test)
+        said += f", test: {len(rows)} rows of {printable(path.name)} ({how})"
+        none = [name[:30] for name, c in number.items() if c not in set(test)]
+        notes += [f"no test text of {_first(none)}"] * bool(none)
+    return _text_set(path.stem, classes, *parts, "; ".join([said, *notes]))
+
+
+def _table_path(name, flag):
+    """The file that a user named; UserError with what lies beside it."""
+    path = user_path(name)
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    beside = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
+    if path.is_dir():
+        near = [n for n in sorted(beside) if Path(n).suffix in (".csv", ".tsv", ".jsonl")]
+    else:
+        near = [n for n in beside if n.lower() == path.name.lower()] or \
+            difflib.get_close_matches(path.name, beside)
+    raise UserError(f"{flag}{name}: " + ("this is a folder; name a file" if path.is_dir() else
+                                         "there is no such file")
+                    + (f"; did you mean {folder / near[0]}?" if near else
+                       "; expected a table of labels and texts"))
+
+
+def _labelled_rows(path, encoding, flags, like=None):
+    """A table -> [(row, label, text)], its (label, text) columns and first row, how it was read.
+
+    flags: --label-column and --text-column, as given or None; like: the columns of a table that
+    this one is to follow where it has no names of its own.
+    """
+    rows, said = _read_table(path, encoding)
+    head = [f.strip() for f in rows[0][1]]
+    (label, text), header = _find_columns(path, rows, flags, like)
+    inside = [(i, row) for i, row in rows[header:]
+              if not (header and [f.strip() for f in row] == head)]
+    copies = len(rows) - header - len(inside)
+    said += f", header {_shown(head)}" if header else ", no header"
+    if len(head) > 2 or label > text:
+        names = head if header else [f"column {j + 1}" for j in range(len(head))]
+        said += f", label = {names[label]}, text = {names[text]}"
+    said += f", copies of the header left out: {copies}" * bool(copies)
+    found = [(i, row[label].strip(), row[text]) for i, row in inside]
+    if not found:
+        raise UserError(f"{path} holds a header and no rows")
+    bare = [i for i, b, c in found if not b or not c.strip()]
+    if bare:
+        raise UserError(f"{path}: rows without a text or a label ({len(bare)}): {_first(bare)}; "
+                        "fill them in or take them out")
+    wide = [i for i, b, _ in found if re.search("[\r\n]", b)]
+    if wide:
+        raise UserError(f"{path}, row {wide[0]}: its label has several lines; has a quote gone "
+                        "astray?")
+    spaced = len({row[label] for _, row in inside}) - len({b for _, b, _ in found})
+    said += ", labels with and without spaces around them taken together" * (spaced > 0)
+    return found, ((label, text), head, header), said
+
+
+def _check_first_row(path, rows, columns):
+    """UserError if the columns seem to be the wrong way round, or row 1 seems to be a header."""
+    (label, text), head, header = columns
+    labels = Counter(b for _, b, _ in rows)
+    others = len({c.strip() for *_, c in rows})
+    if not header and len(labels) > len(rows) / 2 > others:
+        raise UserError(f"{path}: column {label + 1}, read as labels, has {len(labels)} values in "
+                        f"{len(rows)} rows, column {text + 1} has {others}; if those are labels, "
+                        f"add --label-column {text + 1} --text-column {label + 1}")
+    if not header and labels[rows[0][1]] == 1 < len(rows):
+        raise UserError(f"{path}: row 1, {','.join(head)[:60]!r}, looks like a header: its label "
+                        "occurs nowhere else. If it is one, name the columns by it: --label-column "
+                        f"{head[label][:30]!r} --text-column {head[text][:30]!r}; if not, give its "
+                        "class a second row")
+
+
+def _first(numbers):
+    """The first ten of some row numbers, as text."""
+    return ", ".join(map(str, list(numbers)[:10])) + ", ..." * (len(numbers) > 10)
+
+
+def _label_notes(classes):
+    """Which classes may be meant as one: they are kept apart, and it is said."""
+    def loose(label):
+        try:
+            return float(label)
+        except ValueError:
+            return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+    alike = {}
+    for c in classes:
+        alike.setdefault(loose(c), []).append(repr(c[:30]))
+    alike = [" and ".join(group) for group in alike.values() if len(group) > 1]
+    return [f"labels that differ in form only are kept apart: {'; '.join(alike[:3])}"
+            + f" and {len(alike) - 3} more" * (len(alike) > 3)] * bool(alike)
+
+
+def _find_columns(path, rows, flags, like):
+    """-> (label, text), numbers of columns from 0, and whether row 1 is a header."""
+    head, width = [f.strip() for f in rows[0][1]], len(rows[0][1])
+    used = [j for j in range(width) if any(row[j].strip() for _, row in rows)]
+    numbered = {f"{j + 1}": j for j in range(width)}
+    # Row 1 is a header if a flag names a column by it, or if it holds a usual name and nothing that
+    # stands in its column again, as classes do
+    header = rows[0][0] == 0 or (like is not None and like[2] and head == like[1]) or \
+        any(name is not None and name not in numbered for name in flags.values())
+    new = header or not any(head[j] and head[j] == row[j].strip() for _, row in rows[1:]
+                            if row != rows[0][1] for j in used)
+    found = []
+    for (flag, name), usual in zip(flags.items(), (LABEL_NAMES, TEXT_NAMES), strict=True):
+        signs = [j for j in used if head[j].lower() in usual] if new else []
+        header = header or bool(signs)
+        if name is None:
+            found.append(signs)
+        elif name in numbered:
+            found.append([numbered[name]])
+        else:
+            same = [j for j in used if head[j] == name]
+            found.append(same or [j for j in used if head[j].lower() == name.lower()])
+            if not found[-1]:
+                raise UserError(f"{flag} {name}: row 1 of {path} is {_shown(head)}; name one of "
+                                f"these, or a number from 1 to {width}")
+    label, text = found
+    if not label and not text and like is not None:
+        return like[0], header
+    if not label and not text and len(used) == 2 and not header:
+        return used, False
+    for mine, others in ((label, text), (text, label)):
+        if not mine and len(others) == 1 and len(used) == 2:
+            mine += [j for j in used if j not in others]
+    if len(label) != 1 or len(text) != 1 or label == text:
+        raise UserError(f"{path} has {len(used)} columns, row 1 is {_shown(head)}: name the two to "
+                        "read by --label-column and --text-column (a header's name, or a number "
+                        "from 1)")
+    return [*label, *text], header
+
+
+def _shown(fields):
+    return ",".join(f[:20] for f in fields[:12]) + ",..." * (len(fields) > 12)
+
+
+def _read_table(path, encoding):
+    """The rows of a table that are not empty -> [(line at which it starts, fields)], how it was
+    read. Keys of JSON objects become a header at line 0."""
+    text, how = _read_text(path, encoding)
+    ending = path.suffix.lower()
+    if ending in (".jsonl", ".ndjson"):
+        return _json_rows(path, text), f"JSON lines, {how}"
+    names, told = list(DELIMITERS), re.match("sep=([,;\t])(?=[\r\n])", text)
+    if told:  # a spreadsheet's own first line
+        names, text = [n for n in names if DELIMITERS[n] == told[1]], text[told.end():]
+    elif ending in (".tsv", ".tab"):
+        names = ["tab"]
+    found, trouble = {}, {}
+    for name in names:
+        # As spreadsheets write it. Where spaces stand before quotes, these are tried as quotes
+        # first; between tabs, which need none, quotes may be signs like others
+        sign, ways = DELIMITERS[name], [({}, "")]
+        if sign + ' "' in text:
+            ways.insert(0, ({"skipinitialspace": True}, ""))
+        if name == "tab":
+            ways.append(({"quoting": csv.QUOTE_NONE}, ", quotes are part of texts"))
+        for more, words in ways:
+            rows, odd = _split_rows(text, sign, more)
+            if not odd:
+                found[name] = rows, f"{name}{words}, {how}"
+                break
+            trouble.setdefault(name, odd)
+    # More than one sign that splits all rows alike: texts hardly hold a tab in each row; else the
+    # one that leaves labels, which occur again
+    labelled = [name for name, (rows, _) in found.items() if name == "tab" or any(
+        len(set(column)) < len(rows) for column in zip(*(row for _, row in rows), strict=True))]
+    if len(found) > 1 and labelled:
+        found = {n: found[n] for n in (labelled[-1:] if "tab" in labelled else labelled)}
+    if len(found) > 1:
+        raise UserError(f"{path} can be split at every {' and at every '.join(found)}; quote the "
+                        "texts, or use tabs and call it .tsv")
+    if not found:
+        lines = text.splitlines()
+        likely = max(trouble, key=lambda name: sum(DELIMITERS[name] in line for line in lines))
+        raise UserError(f"{path}: {trouble[likely]}")
+    return next(iter(found.values()))
+
+
+def _split_rows(text, sign, quotes):
+    """-> rows as _read_table, and why that cannot be meant, or None."""
+    csv.field_size_limit(2 ** 31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True, **quotes)
+    rows, line = [], 1
+    try:
+        for fields in reader:
+            if any(map(str.strip, fields)):
+                rows.append((line, fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        return rows, (f"row {line}: a quote that opens here has gone astray ({error}, line "
+                      f"{reader.line_num}); quotes inside a quoted text are doubled")
+    if not rows:
+        return rows, "it is empty; expected rows label,text"
+    width = Counter(len(fields) for _, fields in rows).most_common(1)[0][0]
+    odd = [f"row {i} has {len(fields)}" for i, fields in rows if len(fields) != width]
+    if width < 2:
+        return rows, (f"expected rows label,text (comma, semicolon or tab), found "
+                      f"{rows[0][1][0][:40]!r}")
+    if odd:
+        return rows, (f"{len(odd)} of {len(rows)} rows do not have {width} fields: {_first(odd)}; "
+                      f"a text that holds {sign!r} must stand in quotes")
+    # A quote that is no quote swallows lines up to the next. What it then holds looks like rows: it
+    # splits into as many fields, one of which other rows have too
+    common = [{f for f, n in Counter(fields[j] for _, fields in rows).items() if f and n > 1}
+              for j in range(width)]
+    for i, fields in rows:
+        for field in fields:
+            inside = [x for x in re.split("\r\n|\r|\n", field)[1:] if x.strip()]
+            alike = [x for x in inside for part in csv.reader([x], delimiter=sign)
+                     if len(part) == width and any(map(set.__contains__, common, part))]
+            if inside and 2 * len(alike) >= len(inside):
+                return rows, (f"row {i}: a quote has gone astray, the text goes on with "
+                              f"{len(inside)} lines that look like rows, such as {alike[0][:40]!r}")
+    return rows, None
+
+
+def _json_rows(path, text):
+    """One JSON object a line -> rows as _read_table; what is no text or number counts as none."""
+    found = []
+    for i, line in enumerate(text.split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+            json.dumps(row, ensure_ascii=False).encode()  # fails on half of a surrogate pair
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {i}: expected a JSON object with a label and a text")
+        found += [(i, row)] * bool(row)
+    keys = list(dict.fromkeys(k for _, row in found for k in row))
+    if not found or len(keys) < 2:
+        raise UserError(f"{path}: expected JSON objects with a label and a text, one a line")
+
+    def plain(value):
+        return str(value) if isinstance(value, (str, int, float)) else ""
+    return [(0, keys), *((i, [plain(row.get(k)) for k in keys]) for i, row in found)]
 
 
 # Small world "topics": sentences of three words on a topic, three of a domain and some of neither.
@@ -559,8 +946,11 @@ def topics(seed, same=False, per_class=160, n_test=40, n_probes=96):
         parts.append((texts, labels.astype(np.int64), np.repeat([d for d, _ in cells], count)))
     probes = [topic_sentences(i % 3, i // 3 % 5, 1, rng)[0] for i in range(n_probes)]
     (train, labels, groups), (test, test_labels, test_groups) = parts
-    return TextSet("topics", [f"class {c}" for c in range(5)], train, labels, test, test_labels,
-                   groups, test_groups, probes)
+    names = [f"class {c}" for c in range(5)]
+    said = (f"topics{'-same' * same}, drawn: {_class_counts(names, labels)} in 3 domains, test: "
+            f"{len(test)}")
+    return TextSet("topics", names, train, labels, test, test_labels, groups, test_groups, probes,
+                   said)
 
 
 @dataclass

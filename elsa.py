@@ -17,6 +17,7 @@ Run
     python elsa.py                                       the small world: a minute, no download
     python elsa.py --method all                          all methods on the same clients and draws
     python elsa.py --dataset trec --model DIR_OR_HUB_ID  a real encoder, 12 clients on TREC
+    python elsa.py --dataset csv:FILE --model ...        your own labels and texts, any table
     python elsa.py --recovery lsq --ssop edge            the channel: see --channel, --ssop
     Beside the paper, with the same flags: beyond/elsa_channels.py (cheaper ways to send a state),
     beyond/elsa_attacks.py (what an observer reads), beyond/elsa_plan.py (how long a round takes).
@@ -47,11 +48,11 @@ Symbols
 
 Cost
     One step on the link: 4 · B · T · D · 4 bytes · ρ (states and gradients, up and down), T the
-    longest text of the batch; a round adds two copies of φ a client. MiniLM (D = 384), 16 texts of
-    32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters 295 kB. Simulating the split costs
-    nothing: the parts run in one autograd graph, nothing is copied (benchmarks/elsa_step.py
-    measures it). SS-OP costs 4rD instead of 2D² operations a state, a sketch two products with
-    (D, ρD).
+    longest text of the batch; a round adds two copies of φ a client, without part 2's, which stays
+    at the edge. MiniLM (D = 384), 16 texts of 32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters
+    295 kB. Simulating the split costs nothing: the parts run in one autograd graph, nothing is
+    copied (benchmarks/elsa_step.py measures it). SS-OP costs 4rD instead of 2D² operations a state,
+    a sketch two products with (D, ρD).
 
 Results
     small world, under a CPU-minute, 5 seeds: served by FedAvg 46.6 ± 7.4, by ELSA's edges 91.4 ±
@@ -102,6 +103,8 @@ import common
 import data
 
 METHODS = ["central", "local", "fedavg", "split-flat", "hier-random", "elsa"]
+ALONE = ["central", "local"]  # nothing crosses a link
+SPLIT = ["split-flat", "hier-random", "elsa"]  # the edge computes part 2; the others have no cut
 LABELS = {"central": "centralised LoRA", "local": "local", "fedavg": "FedAvg, unsplit",
           "split-flat": "split, one server", "hier-random": "random clusters", "elsa": "ELSA"}
 
@@ -561,10 +564,11 @@ class Federation:
     """The fixed part of a run: the model, the texts, who holds what, and what the network is like.
 
     Texts are numbered over one pool: training texts first, then test texts.
-    channels: dict name -> function that makes the codecs of --channel, as CHANNELS below.
+    channels: dict name -> function that makes the codecs of --channel, as CHANNELS below; held:
+    who holds what, of data.text_clients.
     """
 
-    def __init__(self, args, run, texts, model, encode, channels):
+    def __init__(self, args, run, texts, model, encode, channels, held):
         self.args, self.device, self.model, self.texts = args, run.device, model, texts
         self.channels = channels
         ids, mask = encode([*texts.train, *texts.test])
@@ -572,7 +576,7 @@ class Federation:
         self.lengths = mask.sum(1)  # (N,), on the CPU: batches are cut to their longest text
         self.labels = torch.tensor(np.concatenate([texts.train_labels, texts.test_labels]))
         self.first_test, self.width = len(texts.train), model.encoder.config.hidden_size
-        self.clients, self.domain = data.text_clients(texts, args.clients, args.alpha, args.seed)
+        self.clients, self.domain = held
         self.told, self.poisoned = data.poison_labels(
             self.labels, len(texts.class_names), self.clients, self.domain, args.poison, args.seed)
         self.honest = [k for k in range(args.clients) if k not in self.poisoned]
@@ -622,6 +626,12 @@ def load_adapters(model, state):
         for name, p in model.named_parameters():
             if p.requires_grad:
                 p.copy_(state[name])
+
+
+def at_the_edge(model, cut):
+    """The names in φ that belong to part 2."""
+    inside = {id(p) for b in model.encoder.encoder.layer[slice(*cut)] for p in b.parameters()}
+    return {n for n, p in model.named_parameters() if p.requires_grad and id(p) in inside}
 
 
 def block_cost(world):
@@ -751,11 +761,13 @@ def set_up(world, run):
     warm = fedavg([common.to_device(f["adapters"], world.device) for f in found],
                   [len(train) for train, _ in world.clients])
     # In mode link the edge must learn W: V and Q are sent, once. In mode edge nobody may.
+    # Probes are answered for ELSA alone: the other methods group nobody by them.
     q, rotations = len(world.probe_ids), sum(f["basis"].numel() for f in found)
     rotations += sum(turn.numel() for turn in turns)
-    once = {"probe states up": 4 * n * q * world.width,
-            "probe predictions up": 4 * n * q * len(world.texts.class_names),
-            "rotations up": 4 * rotations if args.ssop == "link" else 0}
+    asked, split = runs(args, "elsa"), runs(args, *SPLIT)
+    once = {"probe states up": 4 * n * q * world.width * asked,
+            "probe predictions up": 4 * n * q * len(world.texts.class_names) * asked,
+            "rotations up": 4 * rotations * (split and args.ssop == "link")}
     return {"distance": distance, "trust": trust, "bases": [f["basis"] for f in found],
             "turns": turns, "warm": common.to_device(warm, "cpu"), "once": once}
 
@@ -845,7 +857,7 @@ def open_links(world, method, groups, setup):
     # depend on the cut alone, so clients of one cut share them.
     members = [k for g in groups for k in g]
     cuts = {k: world.cuts[k % len(world.clients)] for k in members}  # N is the pool: any cut
-    if method not in ("split-flat", "hier-random", "elsa"):
+    if method not in SPLIT:
         return dict.fromkeys(members), cuts, None
     codecs = {cut: make_codecs(world, setup, cut) for cut in set(cuts.values())}
     return ({k: make_link(world, setup, k, codecs[cut][0]) for k, cut in cuts.items()}, cuts,
@@ -861,14 +873,18 @@ def client_round(world, start, client, link, cut, update_codec, round_):
         link.sent = dict.fromkeys(EXCHANGES, 0.0)
     end, loss = train_client(world, start, client, link, cut, ("round", round_),
                              (round_, world.args.rounds))
-    # φ is counted whole, part 2's too, as if it were the client's: an upper bound. It goes down at
-    # the start of the round and up at its end, unless --sketch compresses the way up. The way down
-    # is not: what is lost there would be lost to all clients of the edge.
-    whole = size = 4 * sum(t.numel() for t in start.values())  # bytes of all adapters and the head
+    # φ goes down at the start of the round and up at its end: all of it where the client holds the
+    # whole model, and that of parts 1 and 3 where the edge holds part 2. The way up may be
+    # compressed by --sketch. The way down is not: what is lost there would be lost to all clients
+    # of the edge.
+    inside = at_the_edge(world.model, cut) if link is not None else ()
+    mine = {n: t for n, t in start.items() if n not in inside}
+    down = up = 4 * sum(t.numel() for t in mine.values())  # bytes
     if update_codec is not None:
-        end, size = send_update(start, end, update_codec, world.width)
+        received, up = send_update(mine, end, update_codec, world.width)
+        end = {**end, **received}
     return {"adapters": end, "loss": loss,
-            "sent": {**(link.sent if link else {}), "adapters up": size, "adapters down": whole}}
+            "sent": {**(link.sent if link else {}), "adapters up": up, "adapters down": down}}
 
 
 def train_method(world, run, method, setup, state, save):
@@ -904,7 +920,9 @@ def train_method(world, run, method, setup, state, save):
         # every round, to be evaluated, and sent to the edges in a cloud round only.
         state["cloud"] = fedavg(state["edges"], [sum(n) for n in samples])
         found = evaluate(world, run, groups, state, links, cuts)
-        cloud_round = (round_ + 1) % args.cloud_every == 0 and method not in ("local", "central")
+        if method == "local":  # as many models as clients, and nobody averages them
+            found |= {"cloud": None, "edges": []}
+        cloud_round = (round_ + 1) % args.cloud_every == 0 and method not in ALONE
         if cloud_round:
             # UNSPECIFIED 9: an edge goes on from a mix of its own model and the cloud's,
             #     φ_e <- (1 - mix) φ_e + mix φ_cloud;
@@ -926,13 +944,14 @@ def train_method(world, run, method, setup, state, save):
 def count_bytes(method, trained, edges, cloud_round):
     """Bytes of one round by kind, over all clients; trained: client -> what client_round gave."""
     sent = dict.fromkeys([*EXCHANGES, "adapters up", "adapters down", "edge-cloud"], 0.0)
-    if method == "central":
-        return sent  # all texts lie in one place already
+    if method in ALONE:
+        return sent  # all texts lie in one place already, or every client keeps to itself
     for t in trained.values():
         for name, size in t["sent"].items():
             sent[name] += size
-    if cloud_round and edges > 1:  # all adapters once up and once down for every edge
-        sent["edge-cloud"] = sent["adapters down"] / len(trained) * 2 * edges
+    if cloud_round and edges > 1:  # φ, part 2's too, once up and once down for every edge
+        phi = next(iter(trained.values()))["adapters"]
+        sent["edge-cloud"] = 4.0 * sum(t.numel() for t in phi.values()) * 2 * edges
     return sent
 
 
@@ -962,13 +981,12 @@ def evaluate(world, run, groups, state, links, cuts):
                    "count": len(test)}
     hits = [h for _, h in sorted(run.gather(hits).items())]
 
-    def percent(key, rows):
-        return 100 * sum(h[key] for h in rows) / max(sum(h["count"] for h in rows), 1)
+    def percent(key, rows):  # None: an edge without honest clients
+        return 100 * sum(h[key] for h in rows) / sum(h["count"] for h in rows) if rows else None
 
-    return {"served": percent("served", hits),
-            "cloud": None if n_edges > world.args.edges else percent("cloud", hits),
+    return {"served": percent("served", hits), "cloud": percent("cloud", hits),
             "edges": [percent("served", [h for h in hits if h["edge"] == e])
-                      for e in range(n_edges)] if n_edges <= world.args.edges else []}
+                      for e in range(n_edges)]}
 
 
 # ================================================================================================
@@ -981,9 +999,18 @@ def build_parser(doc=__doc__, channels=CHANNELS, flags=()):
     parser = common.Parser(doc)
     common.add_run_arguments(parser)
     add = parser.group("data")
-    add("--dataset", str, "topics", f"{', '.join(data.TEXT_SETS)} or csv:PATH with rows label,text "
-        "(default topics, the small world; topics-same: the same without contradiction)")
-    add("--clients", int, 12, "N", low=1)
+    add("--dataset", str, "topics", f"{', '.join(data.TEXT_SETS)} or csv:PATH, a table of labels "
+        "and texts: .csv, .tsv, .jsonl (default topics, the small world; topics-same: the same "
+        "without contradiction)")
+    add("--label-column", str, None, "of a csv, a header's name or a number from 1 (default: a "
+        "usual name such as label or class; of two columns without header the first)")
+    add("--text-column", str, None, "of a csv, likewise (default: a usual name such as text or "
+        "review; the second)")
+    add("--test-file", Path, None, "a table like that of csv:PATH (default: a drawn fifth of each "
+        "class)")
+    add("--encoding", str, None, "of csv:PATH, --test-file and --probes, e.g. latin-1, cp1252 "
+        "(default: their byte order mark's, else utf-8)")
+    add("--clients", int, None, "N (default 12, or fewer that fit a small csv)", low=1)
     add("--alpha", float, None, "Dirichlet concentration of labels over clients, smaller = more "
         "skewed (default .5; small world 3)", above=0)
     add("--poison", str, None, "unreliable clients, e.g. label-flip:2,random:1 (default none; "
@@ -997,7 +1024,8 @@ def build_parser(doc=__doc__, channels=CHANNELS, flags=()):
     add("--max-length", int, 64, "tokens of a text at most", low=4)
     add("--rank", int, 8, "LoRA rank on query and value", low=1)
     add("--lora-alpha", float, 16.0, "LoRA scale α/r", above=0)
-    add("--dropout", float, None, "in the encoder and before the head (default .1; small world 0)",
+    add("--dropout", float, None, "in the encoder and before the head (default .1; small world 0); "
+        "with --model tiny before the head alone",
         low=0, high=.9)
     add("--split", str, None, "P,Q: part 2 is blocks P..Q-1 (default 1,L-1), or auto: per client, "
         "from memory and speed (UNSPECIFIED 6)")
@@ -1043,6 +1071,14 @@ def add_method_flags(add, channels):
         "median)")
 
 
+def parse(argv=None, doc=__doc__, channels=CHANNELS, flags=()):
+    """The settings of a command, and the names of those that it gives."""
+    parser = build_parser(doc, channels, flags)
+    args = parser.parse_args(argv)
+    unset = type(args)(**dict.fromkeys(vars(args)))  # what is not given stays None
+    return args, {k for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+
+
 def resolve(args, small=SMALL, settle=None):
     """Fill in the defaults that depend on the data set; refuse what does not go together."""
     topics = args.dataset in ("topics", "topics-same")
@@ -1054,13 +1090,61 @@ def resolve(args, small=SMALL, settle=None):
     parts = (args.split or "0,0").split(",")
     if args.split != "auto" and not (len(parts) == 2 and all(p.isdigit() for p in parts)):
         raise common.UserError(f"--split {args.split!r}: expected P,Q or auto")
-    if not topics and args.dataset not in data.TEXT_SETS and not args.dataset.startswith("csv:"):
-        raise common.UserError(f"--dataset {args.dataset!r} is unknown; there are "
-                               f"{', '.join(data.TEXT_SETS)} and csv:PATH")
+    data.text_set_name(args.dataset)
+    for flag in ("label_column", "text_column", "test_file", "encoding"):
+        if getattr(args, flag) is not None and not args.dataset.startswith("csv:") and not (
+                flag == "encoding" and args.probes):
+            raise common.UserError(f"--{flag.replace('_', '-')} is of csv:PATH; --dataset "
+                                   f"{args.dataset} has its own")
     if settle:
         settle(args)
-    data.parse_poison(args.poison, args.clients)
+    data.parse_poison(args.poison, args.clients or math.inf)
     return args
+
+
+def runs(args, *methods):
+    """Whether --method names one of these."""
+    return any(m in methods for m in args.method.split(","))
+
+
+def idle_flags(args, given):
+    """Which of the flags that a user gave change nothing in this run -> a line for each reason.
+
+    given: their names, as in args.
+    """
+    sketch = {"ratio", "sketch_rows", "recovery"}
+    grouping = {"no_trust", "no_cluster", "trust_factor", "capacity", "tau_max", "edge_lambda",
+                "neighbours", "fingerprint_rank"}
+    reasons = [
+        (not runs(args, *SPLIT), {"split", "ssop", "ssop_rank", "channel", "sketch"} | sketch,
+         f"--method {args.method} sends no states"),
+        (args.channel == "none", {"sketch"} | sketch, "--channel none sends all as it is"),
+        (args.sketch == "none", {"channel"} | sketch, "--sketch none sends all as it is"),
+        (args.channel not in ("none", "sketch"), {"sketch_rows", "recovery"},
+         f"--channel {args.channel} is no sketch"),
+        (args.channel == "quant", {"ratio"}, "--channel quant sends every number"),
+        (args.ssop == "none", {"ssop_rank"}, "--ssop none rotates nothing"),
+        (not runs(args, "elsa"), grouping, f"--method {args.method} groups nobody by behaviour"),
+        (args.no_trust, {"neighbours", "trust_factor"}, "--no-trust keeps every client"),
+        (args.no_cluster, {"capacity", "tau_max", "edge_lambda"}, "--no-cluster deals clients out"),
+        (args.capacity is None and args.tau_max >= 1e9, {"edge_lambda"},
+         "nobody has to move without --capacity or --tau-max"),
+        (not runs(args, "elsa", "hier-random"), {"edges", "cloud_every", "cloud_mix"},
+         f"--method {args.method} has one server at most"),
+        (args.cloud_every > args.rounds, {"cloud_every", "cloud_mix"},
+         f"the cloud's first turn would be round {args.cloud_every}, there are {args.rounds}"),
+        (not runs(args, "fedavg", *SPLIT), {"poison"},
+         f"--method {args.method} has no averages to spoil, and only honest clients are rated"),
+        (args.model == "tiny", {"max_length"}, "--model tiny reads sentences whole"),
+        (args.probes is not None, {"num_probes"}, "--probes names the probes"),
+        (args.dataset.startswith("topics"), {"num_probes"}, "topics has probes of its own")]
+    found = []
+    for idle, flags, why in reasons:
+        if idle and flags & given:
+            names = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(flags & given))
+            found.append(f"without effect: {names}; {why}")
+            given = given - flags
+    return found
 
 
 def build_federation(args, run, channels=CHANNELS):
@@ -1069,13 +1153,26 @@ def build_federation(args, run, channels=CHANNELS):
 
     with run.rank_zero_first():
         texts = data.load_texts(args.dataset, args.data_dir, args.seed, args.probes,
-                                args.num_probes)
+                                args.num_probes, args.encoding, label_column=args.label_column,
+                                text_column=args.text_column, test_file=args.test_file)
+    held = data.text_clients(texts, args.clients, args.alpha, args.seed)
+    run.source("texts", f"{texts.said}; {describe_clients(texts, held[0], args.clients)}",
+               [texts.class_names, texts.train, texts.train_labels, texts.test, texts.test_labels,
+                texts.probes, held])
+    args.clients = len(held[0])
+    with run.rank_zero_first():
         encoder, encode = data.load_encoder(args.model, args.max_length, args.dropout,
                                             args.data_dir, args.seed, run.progress)
     width = encoder.config.hidden_size
-    if args.ssop_rank > width:
-        raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} dimensions")
-    if args.channel == "sketch" and int(args.ratio * width / args.sketch_rows) < 1:
+    split = runs(args, *SPLIT)
+    if split and args.ssop != "none" and args.ssop_rank > width:
+        if args.ssop_rank != REAL["ssop_rank"]:
+            raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} "
+                                   "dimensions")
+        run.warn(f"--ssop-rank is {width} here: the states have no more dimensions")
+        args.ssop_rank = width
+    if split and args.channel == "sketch" and args.sketch != "none" and \
+            int(args.ratio * width / args.sketch_rows) < 1:
         raise common.UserError(f"--ratio {args.ratio} with --sketch-rows {args.sketch_rows} leaves "
                                f"no bucket for {width} dimensions; raise it or take fewer rows")
     # LoRA on query and value, and a new head: all that is trained, so all that is averaged
@@ -1086,7 +1183,55 @@ def build_federation(args, run, channels=CHANNELS):
     model = SplitEncoder(encoder, len(texts.class_names), args.dropout)
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name or name.startswith("head."))
-    return Federation(args, run, texts, model.to(run.device).eval(), encode, channels)
+    return Federation(args, run, texts, model.to(run.device).eval(), encode, channels, held)
+
+
+def describe_clients(texts, clients, wanted):
+    """Who got how much, as text; wanted: --clients, None if the number was left to us."""
+    sizes = [len(train) for train, _ in clients]
+    one = sum(len(set(texts.train_labels[train.numpy()])) == 1 for train, _ in clients)
+    return (f"{len(clients)} clients of {min(sizes)} to {max(sizes)} training texts"
+            + " (12 were too many for so few texts)" * (wanted is None and len(clients) < 12)
+            + f", {one} of them with one class only" * bool(one))
+
+
+def check_placement(world, run, setup):
+    """What the grouping could not do as the flags wish; UserError where the edges are too few."""
+    args, n = world.args, len(world.clients)
+    short = [k for k in range(n) if setup["bases"][k].shape[1] < args.ssop_rank]
+    if short and args.ssop != "none" and runs(args, *SPLIT):
+        run.warn(f"--ssop-rank {args.ssop_rank}: the texts of {len(short)} clients have fewer "
+                 f"tokens, client {short[0]}'s turn {setup['bases'][short[0]].shape[1]} directions")
+    if not runs(args, "elsa"):
+        return
+    most = min(world.width, n * len(world.probe_ids))
+    if args.fingerprint_rank > most:
+        run.warn(f"--fingerprint-rank {args.fingerprint_rank}: the states span {most} directions, "
+                 "all of which are kept")
+    if args.neighbours > max(n - 1, 3):
+        run.warn(f"--neighbours {args.neighbours}: a client has {n - 1} others, who are all asked")
+    groups, labels, _ = place_clients(world, "elsa", setup)
+    placed = n - labels.count(None)
+    if len(groups) < args.edges:
+        run.warn(f"{args.edges - len(groups)} of {args.edges} edges take no part in ELSA: its "
+                 f"{placed} trusted clients form {len(set(labels) - {None})} clusters")
+    if args.no_cluster:
+        return
+    if args.capacity is not None and args.capacity * args.edges < placed:
+        raise common.UserError(f"--capacity {args.capacity}: {args.edges} edges take "
+                               f"{args.capacity * args.edges} clients, but {placed} are to be "
+                               "placed; raise it, or --edges")
+    latency = world.network["latency"]
+    far = [k for e, g in groups.items() for k in g if latency[k, e] > args.tau_max]
+    if far:
+        nearest = latency[far].min(1).values
+        run.warn(f"--tau-max {args.tau_max:g}: {len(far)} of {placed} clients stay at an edge "
+                 f"farther than that; their nearest edges are {nearest.min():.1f} to "
+                 f"{nearest.max():.1f} ms away")
+    full = {e: len(g) for e, g in groups.items() if args.capacity and len(g) > args.capacity}
+    if full:
+        run.warn(f"--capacity {args.capacity}: {len(full)} edges hold up to {max(full.values())} "
+                 "clients, whom --tau-max lets go nowhere else")
 
 
 def fresh_state(method):
@@ -1101,17 +1246,22 @@ def main(argv=None, doc=__doc__, title="elsa", small=SMALL, channels=CHANNELS, f
     The scripts in beyond/ call it with more. doc, title: their help and default folder; small:
     defaults in the small world; channels: name -> function(world, setup, cut) as sketch_codecs;
     flags: functions(parser) that add flags; settle: function(args) that fills in or refuses;
-    reports: functions(world, run, state, result) that print and put more into `result`.
+    reports: functions(world, run, state, result) that print and put more into `result`; what they
+    return, if anything, is a function(world, result, path of figure.png) that draws one more.
     """
-    args = resolve(build_parser(doc, channels, flags).parse_args(argv), small, settle)
+    args, given = parse(argv, doc, channels, flags)
+    args = resolve(args, small, settle)
     with common.Run(args, f"{title}-{Path(args.dataset.removeprefix('csv:')).stem}") as run:
         state = run.load() or {"done": {}, "trained": {}, "current": None, "setup": None}
         run.begin()
+        for line in idle_flags(args, given):
+            run.warn(line)
         keep_sources(run, [main, *channels.values(), *reports])
         world = build_federation(args, run, channels)
         if state["setup"] is None:
             state["setup"] = set_up(world, run)
             run.save(state, "the grouping")
+        check_placement(world, run, state["setup"])
         for method in args.method.split(","):
             if method in state["done"]:
                 continue
@@ -1140,23 +1290,24 @@ def report(world, run, state, title, reports):
               [[LABELS[m], h["served"], h["cloud"], h["megabytes"]] for m, h in last.items()])
     shown = "elsa" if "elsa" in results else list(results)[-1]
     groups, labels, yielded = place_clients(world, shown, setup)
-    run.table([f"\nlinks of {LABELS[shown]}", "MB a round"],
-              [[name, size / args.rounds / 1e6] for name, size in results[shown]["bytes"].items()])
-    run.table(["once, before the first round", "MB"],
-              [[name, size / 1e6] for name, size in setup["once"].items()])
-    run.table(["\nserved %, by edge", *(f"edge {e}" for e in groups)],
-              [[f"of {LABELS[shown]}", *last[shown]["edges"]]])
+    for header, sent, times in (
+            ([f"\nlinks of {LABELS[shown]}", "MB a round"], results[shown]["bytes"], args.rounds),
+            (["once, before the first round", "MB"], setup["once"], 1)):
+        if any(sent.values()):
+            run.table(header, [[name, size / times / 1e6] for name, size in sent.items() if size])
+    if last[shown]["edges"]:
+        run.table(["\nserved %, by edge", *(f"edge {e}" for e in groups)],
+                  [[f"of {LABELS[shown]}", *last[shown]["edges"]]])
     result = {"dataset": args.dataset, "seed": args.seed, "results": results, "groups": groups,
               "trust": setup["trust"].tolist(), "distance": setup["distance"].tolist(),
               "poisoned": {str(k): v for k, v in world.poisoned.items()}, "cuts": world.cuts,
               "clusters": labels, "domains": world.domain, "once": setup["once"]}
     if yielded and run.rank == 0:
         print("no client reached the trust floor: the filter was left out and all take part")
-    for more in reports:
-        more(world, run, state, result)
+    figures = [draw_figure, *filter(None, [more(world, run, state, result) for more in reports])]
     if run.rank == 0:
         print()
-    run.finish(result, lambda path: draw_figure(world, result, path),
+    run.finish(result, lambda path: [draw(world, result, path) for draw in figures],
                script=title, dataset=args.dataset, method=shown, seed=args.seed,
                served=last[shown]["served"], cloud=last[shown]["cloud"],
                mb_round=last[shown]["megabytes"], distrusted=labels.count(None), out=run.out_dir)
@@ -1164,7 +1315,7 @@ def report(world, run, state, title, reports):
 
 def draw_figure(world, result, path):
     """Left: distances, clusters, trust. Right: accuracy by round."""
-    title = f"ELSA on {result['dataset']}, seed {world.args.seed}"
+    title = f"ELSA on {Path(result['dataset']).name}, seed {world.args.seed}"
     with common.figure(path, title, (10.5, 4.4), nrows=1, ncols=2) as (_, (left, right)):
         draw_distances(left, result, world.poisoned)
         colours = [common.GREY, common.AMBER, common.ORANGE, common.PINK, common.SKY, common.BLUE]

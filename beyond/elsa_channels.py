@@ -163,6 +163,9 @@ def add_bits(parser):
 
 def settle(args):
     """--bits follows from --channel; adapters have no directions."""
+    if args.channel == "none" and (args.bits or 32) < 32:
+        raise common.UserError(f"--bits {args.bits}: --channel none sends everything as it is; use "
+                               "--channel quant")
     args.bits = args.bits or (8 if args.channel == "quant" else 32)
     if args.channel == "lowrank" and args.sketch in ("adapters", "both"):
         raise common.UserError("--channel lowrank knows the directions of states, not of adapters; "
@@ -213,20 +216,19 @@ def channel_curve(world, run, setup, state):
 
 
 def report_curve(world, run, state, result):
-    """The curve as a table, in `result` and as curve.png."""
+    """The curve as a table and in `result` -> what draws it."""
     if "elsa" not in state["trained"] or not world.args.curve:
-        return
+        return None
     models = common.to_device(state["trained"]["elsa"], world.device)
     result["curve"] = channel_curve(world, run, state["setup"], models)
     run.table(["\nread through a channel", "bytes", "error", "served %"], result["curve"])
-    if run.rank == 0:
-        draw_curve(result, run.out_dir / "curve.png", world.args.seed)
+    return draw_curve
 
 
-def draw_curve(result, path, seed):
-    """Accuracy by bytes, a line for each kind of channel."""
-    with common.figure(path, f"ELSA on {result['dataset']}, seed {seed}", (6, 4.4), nrows=1,
-                       ncols=1) as (_, axis):
+def draw_curve(world, result, path):
+    """Accuracy by bytes, a line for each kind of channel, as curve.png beside `path`."""
+    title = f"ELSA on {Path(result['dataset']).name}, seed {world.args.seed}"
+    with common.figure(path.with_name("curve.png"), title, (6, 4.4), nrows=1, ncols=1) as (_, axis):
         for kind, colour, mark in (
                 ("none", "#000000", "s"), ("sketch, median", common.ORANGE, "o"),
                 ("sketch, lsq", common.AMBER, "o"), ("lowrank", common.GREEN, "^"),

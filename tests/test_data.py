@@ -247,8 +247,16 @@ def test_dirichlet_partition_is_more_skewed_with_a_small_beta():
 
 
 def test_dirichlet_partition_that_cannot_be_says_so():
-    with pytest.raises(UserError, match=r"all 5 clients .*fewer --clients or a larger --beta"):
+    with pytest.raises(UserError, match=r"all 5 clients .* of 3 and 2; use fewer --cl"):
         data.dirichlet_partition([0, 1, 1], [0, 1], 5, 1.0, np.random.default_rng(0), tries=5)
+    with pytest.raises(UserError, match=r"all 6 clients .*in 5 draws; .*or a larger --alpha"):
+        data.dirichlet_partition([0] * 6, [0] * 6, 6, .01, np.random.default_rng(0), 5, "--alpha")
+
+
+def test_a_users_path_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert data.user_path("~/a.csv") == Path("/home/me/a.csv")
+    assert data.user_path("b~/~.csv") == Path("b~/~.csv")
 
 
 # -- image sets in their real formats ------------------------------------------------------------

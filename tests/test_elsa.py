@@ -3,6 +3,7 @@ import ast
 import copy
 import csv
 import io
+import json
 import math
 import re
 import shutil
@@ -529,17 +530,267 @@ def test_sst2_with_and_without_header(tmp_path, header):
     assert found.train == ["a fine film", "dull"] and found.test_labels.tolist() == [1, 0]
 
 
-def test_csv_holds_out_a_fifth_of_every_class(tmp_path):
-    path = tmp_path / "mine.csv"
-    rows = [[c, f"{c}, number {i}"] for i in range(10) for c in ("spam", "ham")] + [["egg", "one"],
-                                                                                    ["egg", "two"]]
-    with open(path, "w", newline="") as handle:
-        csv.writer(handle).writerows(rows)
-    found = data.load_texts(f"csv:{path}", tmp_path)
+ROWS = [(c, f"{c} text, number {i}") for i in range(5) for c in ("egg", "ham", "spam")]
+
+
+def table(rows=ROWS, sep=",", head=None, end="\n"):
+    """Rows as a spreadsheet writes them."""
+    lines = io.StringIO()
+    csv.writer(lines, delimiter=sep, lineterminator=end).writerows([head] * bool(head) + rows)
+    return lines.getvalue()
+
+
+def turned(rows=ROWS):
+    return [row[::-1] for row in rows]
+
+
+def numbered(rows=ROWS):
+    return [(i, text, label) for i, (label, text) in enumerate(rows)]
+
+
+def read_csv(folder, content, file="t.csv", **flags):
+    """The TextSet of a csv of this content (text: UTF-8)."""
+    path = folder / file
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return data.load_texts(f"csv:{path}", folder, 0, **flags)
+
+
+def pairs(found):
+    """All (label, text) of a set without probes, sorted."""
+    return sorted((found.class_names[c], text) for part, labels in (
+        (found.train, found.train_labels), (found.test, found.test_labels))
+        for text, c in zip(part, labels, strict=True))
+
+
+ODD = {"label_column": "gold", "text_column": "Words"}
+STRAY = [(a, f'"{b}" he said' if i % 2 else f'{b} "') for i, (a, b) in enumerate(ROWS)]
+LINES = [(a, f'{b}\n\nyes, "and"\r\negg\nmore') for a, b in ROWS]  # legitimate line breaks
+JSON = [{"id": i, "text": b, "label": a} for i, (a, b) in enumerate(ROWS)]
+# what is written, flags, the rows that it means, what is said of it
+READABLE = {
+    "no header": (table(), {}, ROWS, "15 rows of t.csv (comma, utf-8, no header)"),
+    "header": (table(head=("Label", "Text")), {}, ROWS, "header Label,Text)"),
+    "text first": (table(turned(), head=("review", "sentiment")), {}, ROWS, "label = sentiment"),
+    "text first, no header": (table(turned()), {"label_column": "2"}, ROWS, "label = column 2"),
+    "an index": (table(numbered(), head=("", "sentence", "category")), {}, ROWS,
+                 "label = category, text = sentence"),
+    "columns by name": (table(numbered(), head=("id", "words", "Gold")), ODD, ROWS, "label = Gold"),
+    "columns by number": (table(numbered()), {"label_column": "3", "text_column": "2"}, ROWS,
+                          "no header, label = column 3"),
+    "one column named": (table(head=("gold", "words")), {"label_column": "gold"}, ROWS,
+                         "header gold,words"),
+    "empty columns": (table([(*r, "", "") for r in ROWS], head=("label", "text", "", "")), {}, ROWS,
+                      "label = label"),
+    "a class called text": (table([("text", b) if a == "egg" else (a, b) for a, b in ROWS]), {},
+                            [("text", b) if a == "egg" else (a, b) for a, b in ROWS], "no header"),
+    "header twice": (table(head=("label", "text")) + table(turned(turned()), head=("label", "text"))
+                     .replace("number", "item"), {},
+                     ROWS + [(a, b.replace("number", "item")) for a, b in ROWS],
+                     "copies of the header left out: 1"),
+    "semicolon": (table(sep=";", head=("label", "text")), {}, ROWS, "(semicolon, utf-8, header"),
+    "a first line that tells": ("sep=;\r\n" + table(sep=";", head=("label", "text")), {}, ROWS,
+                               "(semicolon, utf-8, header label,text)"),
+    "semicolons in texts": (table([(a, f"x{i}; y{i}") for i, (a, _) in enumerate(ROWS)]), {},
+                            [(a, f"x{i}; y{i}") for i, (a, _) in enumerate(ROWS)], "(comma, utf"),
+    "tab": (table(sep="\t"), {}, ROWS, "(tab, utf-8"),
+    "quotes in a tsv": ("".join(f"{a}\t{b}\n" for a, b in STRAY), {}, STRAY,
+                        "quotes are part of texts"),
+    "quotes in a csv": (table(STRAY), {}, STRAY, "(comma, utf-8, no header)"),
+    "spaces before quotes": ("".join(f'{a}, "{b}"\n' for a, b in ROWS), {}, ROWS, "(comma"),
+    "lines in texts": (table(LINES), {}, LINES, "15 rows"),
+    "windows, blank lines": (table(end="\r\n\r\n"), {}, ROWS, "15 rows"),
+    "old mac": (table(end="\r"), {}, ROWS, "15 rows"),
+    "only separators": (table() + ",\n,\n", {}, ROWS, "15 rows"),
+    "byte order mark": (table(head=("label", "text")).encode("utf-8-sig"), {}, ROWS,
+                        "utf-8, header label"),
+    "utf-16": (table().encode("utf-16"), {}, ROWS, "(comma, utf-16"),
+    "utf-16, big end first": (b"\xfe\xff" + table().encode("utf-16-be"), {}, ROWS, "utf-16"),
+    "latin-1, named": (table([("caf\xe9", "a"), ("caf\xe8", "b")] * 2).encode("latin-1"),
+                       {"encoding": "latin-1"}, [("caf\xe9", "a"), ("caf\xe8", "b")] * 2,
+                       "(comma, latin-1, no"),
+    "utf-8, called cp1252": (table([("a", "\xe4"), ("b", "c")] * 2), {"encoding": "cp1252"},
+                             [("a", "\xc3\xa4"), ("b", "c")] * 2, "though it is valid utf-8"),
+    "a mark beats a name": (table(ROWS).encode("utf-8-sig"), {"encoding": "cp1252"}, ROWS, "utf-8"),
+    "a long text": (table([("a", "x" * 300_000), ("b", "y")] * 2), {},
+                    [("a", "x" * 300_000), ("b", "y")] * 2, "4 rows"),
+    "spaces around labels": (table([(f" {a} ", b) for a, b in ROWS[:6]] + ROWS[6:]), {}, ROWS,
+                             "with and without spaces around them taken together"),
+    "forms of labels": (table([("1", "a"), ("1.0", "b"), ("Egg", "c"), ("egg", "d")] * 2), {},
+                        [("1", "a"), ("1.0", "b"), ("Egg", "c"), ("egg", "d")] * 2,
+                        "kept apart: '1' and '1.0'; 'Egg' and 'egg'"),
+    "unicode forms": (table([("caf\xe9", "a"), ("cafe\u0301", "b")] * 2), {},
+                      [("caf\xe9", "a"), ("cafe\u0301", "b")] * 2, "in form only are kept apart"),
+    "two labels of a text": (table([*ROWS, ("ham", ROWS[0][1])]), {}, [*ROWS, ("ham", ROWS[0][1])],
+                             "more than one label: 1, such as 'egg text, number 0'"),
+    "lost characters": (table([*ROWS, ("ham", "a\ufffdb")]), {}, [*ROWS, ("ham", "a\ufffdb")],
+                        "U+FFFD, a character that was lost before: 1"),
+    "json lines": ("\n".join(map(json.dumps, JSON)), {}, ROWS, "(JSON lines, utf-8"),
+    "numbers in json": ("\n".join(json.dumps({"text": "a b", "label": i % 2}) for i in range(4)),
+                        {}, [("0", "a b"), ("0", "a b"), ("1", "a b"), ("1", "a b")], "JSON")}
+FILES = {"quotes in a tsv": "t.tsv", "json lines": "t.jsonl", "numbers in json": "t.jsonl"}
+
+
+@pytest.mark.parametrize("case", READABLE)
+def test_csv_is_read_as_it_is_meant(tmp_path, case):
+    content, flags, rows, words = READABLE[case]
+    found = read_csv(tmp_path, content, FILES.get(case, "t.csv"), **flags)
+    assert pairs(found) == sorted(rows) and words in found.said
+    assert found.class_names == sorted({label for label, _ in rows})
+
+
+def swallowed():
+    """Line 3 opens a quote that line 9 happens to close."""
+    lines = table([(a, b.replace(",", "")) for a, b in ROWS]).splitlines()
+    lines[2] = lines[2].replace(",", ',"')
+    return "\n".join([*lines[:8], lines[8] + '"', *lines[9:]])
+
+
+# what is written, flags, what the message must say
+REFUSED = {
+    "a header of other words": (table(head=("Klasse", "Kommentar")), {},
+                                "row 1, 'Klasse,Kommentar', looks like a header.* --label-column "
+                                "'Klasse' --text-column 'Kommentar'"),
+    "a header and numbers": (table(numbered(), head=("id", "words", "gold")),
+                             {"label_column": "3", "text_column": "2"}, "looks like a header"),
+    "text first": (table(turned()), {}, "column 2 has 3; if those are labels, add --label-colum"),
+    "three columns": (table(numbered()), {}, "3 columns, row 1 is 0,.*--label-column and --text-c"),
+    "two text columns": (table(numbered(), head=("title", "text", "body")), {}, "name the two"),
+    "no such column": (table(numbered(), head=("id", "words", "gold")),
+                       {"label_column": "class", "text_column": "words"},
+                       "--label-column class: row 1 of .* is id,words,gold.*1 to 3"),
+    "no such number": (table(), {"label_column": "3"}, "--label-column 3: row 1 .* from 1 to 2"),
+    "one column for both": (table(), {"label_column": "1", "text_column": "1"}, "name the two"),
+    "two separators": ("a,x;y\nb,z;u\na,v;y\n", {}, "at every comma and at every semicolon"),
+    "no separator": ("some words\nothers\n", {}, "comma, semicolon or tab.*found 'some words'"),
+    "a comma in a text": (table() + "egg,one, two\nham\n", {},
+                          "2 of 17 rows do not have 2 fields: row 16 has 3, row 17 has 1; a text "
+                          "that holds ',' must stand in quotes"),
+    "a quote swallows rows": (swallowed(), {}, "row 3: a quote has gone astray.* with 6 lines that "
+                              "look like rows, such as 'egg,egg text number 1'"),
+    "a quote never closed": (table() + 'egg,"one\nham,two\n', {}, "row 16: a quote that opens"),
+    "more after a quote": (table() + 'egg,"one" two\n', {}, "row 16: a quote that opens here"),
+    "a label of two lines": (table([*ROWS, ("egg\nham", "x"), ("egg\nham", "y")]), {},
+                             "row 16: its label has several lines"),
+    "latin-1": (table([*ROWS, ("egg", "\xe4")]).encode("latin-1"), {}, "row 16 holds the byte "
+                "0xe4, which is not utf-8; name .*--encoding, such as cp1252"),
+    "latin-1 with a mark": (b"\xef\xbb\xbf" + table([*ROWS, ("egg", "\xe4")]).encode("latin-1"), {},
+                            "row 16 holds the byte 0xe4"),
+    "not cp1252": (b"a,b\na,\x81\n", {"encoding": "cp1252"}, "row 2 holds the byte 0x81"),
+    "an unknown encoding": (table(), {"encoding": "latin-99"}, "--encoding latin-99 is unknown"),
+    "no text encoding": (table(), {"encoding": "rot13"}, "--encoding rot13 is unknown"),
+    "utf-16 without a mark": (table().encode("utf-16-le"), {}, "row 1 holds a NUL.*utf-16-le"),
+    "a NUL": (table() + "egg,a\0b\n", {}, "row 16 holds a NUL byte"),
+    "a spreadsheet": (b"PK\3\4\x14\0\6\0\xff\xfe", {}, "NUL byte: it is no text file"),
+    "no texts": (table() + "egg,\n,one\nham, \n", {}, r"text or a label \(3\): 16, 17, 18;"),
+    "many without": ("".join(f"a,\nb,{i}\n" for i in range(12)), {},
+                     r"label \(12\): 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...;"),
+    "classes of one row": (table([*ROWS, ("rye", "x"), ("fig", "y")]), {},
+                           r"classes of one row \(2\): 'rye' \(row 16\), 'fig' \(row 17\)"),
+    "one class": ("a,b\na,c\n", {}, "has 1 classes"), "empty": ("", {}, "it is empty"),
+    "a header alone": ("label,text\n", {}, "holds a header and no rows"),
+    "no object": ('{"text": "a", "label": 1}\n[1]\n', {}, "row 2: expected a JSON object"),
+    "half a character in json": ('{"text": "\\ud83d", "label": 1}\n', {}, "row 1: expected a JSON"),
+    "broken json": ('{"text": "a",\n', {}, "row 1: expected a JSON object"),
+    "lists in json": ('{"text": ["a"], "label": 1}\n{"text": "b", "label": null}\n', {},
+                      r"rows without a text or a label \(2\): 1, 2;")}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_csv_that_is_damaged_or_ambiguous_is_named(tmp_path, case):
+    content, flags, words = REFUSED[case]
+    file = "t.jsonl" if "json" in case or "object" in case else "t.csv"
+    with pytest.raises(common.UserError, match=words) as error:
+        read_csv(tmp_path, content, file, **flags)
+    assert file in str(error.value) or "--encoding" in words
+
+
+def test_csv_test_is_a_drawn_fifth_of_every_class(tmp_path):
+    """Also of a file in a pattern of five, which every fifth row would cut to pieces."""
+    rows = [("ham" if i < 50 else "spam", f"kind {i % 5}, number {i}") for i in range(100)]
+    rows += [("egg", "one"), ("egg", "two")]
+    content = table(rows)
+    found = read_csv(tmp_path, content)
     assert found.class_names == ["egg", "ham", "spam"]
-    assert np.bincount(found.train_labels).tolist() == [1, 8, 8]
-    assert np.bincount(found.test_labels).tolist() == [1, 2, 2]
-    assert not set(found.train) & set(found.test)
+    assert np.bincount(found.train_labels).tolist() == [1, 40, 40]
+    assert np.bincount(found.test_labels).tolist() == [1, 10, 10]
+    assert pairs(found) == sorted(rows) and "test: a drawn fifth, 21" in found.said
+    assert len({text[:6] for text in found.test if text.startswith("kind")}) == 5
+    assert read_csv(tmp_path, content).test == found.test
+    path = tmp_path / "t.csv"
+    assert data.load_texts(f"csv:{path}", tmp_path, 1).test != found.test
+
+
+def test_csv_with_a_test_file_of_its_own(tmp_path):
+    other = tmp_path / "test.csv"
+    rows = [*numbered(ROWS[:2]), (9, "new", "egg")]
+    flags = {"test_file": other, "label_column": "gold", "text_column": "words"}
+    head = ("id", "words", "gold")
+    other.write_text(table(rows, sep=";", head=head))
+    found = read_csv(tmp_path, table([*numbered(), (3, "x", "rye")], head=head), **flags)
+    assert found.test == [ROWS[0][1], ROWS[1][1], "new"] and len(found.train) == 16
+    assert [found.class_names[c] for c in found.test_labels] == ["egg", "ham", "egg"]
+    assert "test: 3 rows of test.csv (semicolon, utf-8, header id,words,gold" in found.said
+    assert "no test text of rye, spam" in found.said
+    assert "test texts that stand in the training part too: 2" in found.said
+    for content, words in ((table([*rows, (1, "y", "rice")], head=head), r"'rice' \(row 5\)"),
+                           (table(rows, head=("id", "words", "label")), "id,words,label")):
+        other.write_text(content)
+        with pytest.raises(common.UserError, match=f"test.csv.*{words}|{words}.*test.csv|{words}"):
+            read_csv(tmp_path, table(numbered(), head=head), **flags)
+    # a test file without a header is read by the columns of the training file
+    other.write_text(table(turned(ROWS[:3])))
+    found = read_csv(tmp_path, table(turned(), head=("text", "label")), test_file=other)
+    assert found.test == [text for _, text in ROWS[:3]]
+    with pytest.raises(common.UserError, match=r"--test-file .*gone.csv: there is no such file"):
+        read_csv(tmp_path, table(), test_file=tmp_path / "gone.csv")
+
+
+def test_csv_paths_are_read_as_a_user_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Mine.csv").write_text(table())
+    assert len(data.load_texts("csv:~/Mine.csv", tmp_path).train) == 12
+    assert data.load_texts("csv:./Mine.csv", tmp_path).said == \
+        data.load_texts("csv:Mine.csv", tmp_path).said
+    (tmp_path / "folder").mkdir()
+    for name, words in (("csv:mine.csv", "no such file; did you mean Mine.csv"),
+                        ("csv:folder", "this is a folder; name a file"),
+                        ("csv:.", "a folder; name a file; did you mean Mine.csv"),
+                        ("Mine.csv", "Did you mean csv:Mine.csv"), ("TREC", "Did you mean trec"),
+                        ("ag_news", "Did you mean ag-news"), ("CSV:x", "Did you mean csv:x"),
+                        ("folder", "Did you mean csv:folder/FILE"), ("imdb", "and csv:PATH$")):
+        with pytest.raises(common.UserError, match=words):
+            data.load_texts(name, tmp_path)
+
+
+def test_more_than_ten_classes_are_told_in_short(tmp_path):
+    rows = [(f"c{i:02}", f"text {i}, {j}") for i in range(14) for j in range(3 + (i != 9))]
+    assert "14 classes (c00 4, c01 4, c02 4, c03 4, c04 4, ..., rarest: c09 3)" in \
+        read_csv(tmp_path, table(rows)).said
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-8-sig", "utf-16"])
+def test_probes_are_the_lines_of_a_file_each_once(tmp_path, encoding):
+    path = tmp_path / "probes.txt"
+    path.write_bytes("one\r\n\r\n two \rthr\x85ee\none\nf\xf6ur\n".encode(encoding))
+    found = read_csv(tmp_path, table(), probes=path,
+                     encoding=None if encoding.startswith("utf") else encoding)
+    assert found.probes == ["one", "two", "thr\x85ee", "f\xf6ur"]
+    assert "4 probes of probes.txt (" in found.said and "repeated lines left out: 1" in found.said
+    assert len(found.train) == 12  # none of its own set apart
+    path.write_bytes(b"one\ntwo\n\xe4\nfour\nfive\n")
+    with pytest.raises(common.UserError, match=r"probes.txt, row 3 holds the byte 0xe4"):
+        read_csv(tmp_path, table(), probes=path)
+
+
+def test_probes_set_apart_leave_a_text_of_every_class(tmp_path):
+    rows = [("many", f"text {i}") for i in range(60)] + [("few", "one"), ("few", "two")]
+    for seed in range(8):
+        (tmp_path / "t.csv").write_text(table(rows))
+        found = data.load_texts(f"csv:{tmp_path / 't.csv'}", tmp_path, seed, None, 96)
+        assert len(found.probes) == 12 and len(found.train) == 37
+        assert (np.bincount(found.train_labels) > 0).all()
+        assert "12 training texts set apart as probes (of 96 wanted: a quar" in found.said
 
 
 def test_downloads_unpack_and_missing_ones_say_what_to_put_where(tmp_path, monkeypatch):
@@ -581,6 +832,45 @@ def test_damaged_text_files_are_named(tmp_path, name, file, text, words):
     with pytest.raises(common.UserError, match=words) as error:
         data.load_texts(name, tmp_path)
     assert file in str(error.value)
+
+
+def test_known_sets_in_other_encodings_and_line_ends(tmp_path):
+    """As an editor may have saved them: the same texts."""
+    write_trec(tmp_path)
+    plain = data.load_texts("trec", tmp_path)
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("latin-1", "\r\n")):
+        for name, text in (("train_5500.label", TREC_LINES * 8), ("TREC_10.label", TREC_LINES)):
+            (tmp_path / "trec" / name).write_bytes(text.replace("\n", end).encode(encoding))
+        again = data.load_texts("trec", tmp_path)
+        assert (again.train, again.test, again.said) == (plain.train, plain.test, plain.said)
+    assert "TREC_10.label holds no text of ABBR, ENTY, HUM" in plain.said
+    assert "6 classes (ABBR 0, DESC 8, " in plain.said and "training part too: 3" in plain.said
+    for name, files, raw in (
+            ("sst2", ("train.tsv", "dev.tsv"), "sentence\tlabel\r\nfine\t1\r\n\r\ndull\t0\r\n"),
+            ("ag-news", ("ag_news_csv/train.csv", "ag_news_csv/test.csv"),
+             '"2","fi","ne"\r\n\r\n"1","du","ll"\r\n')):
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(raw.encode("utf-8-sig"))
+        found = data.load_texts(name, tmp_path)
+        assert [t.replace(" ", "") for t in found.train] == ["fine", "dull"]
+        assert found.train_labels.tolist() == [1, 0]
+
+
+def test_clients_fit_the_set_where_their_number_is_left_open(tmp_path):
+    world = data.topics(3)
+    for a, b in zip(data.text_clients(world, None, 3.0)[0], data.text_clients(world, 12, 3.0)[0],
+                    strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    tiny = read_csv(tmp_path, table())  # 12 training and 3 test texts
+    clients, domain = data.text_clients(tiny, None, .5)
+    assert len(clients) == 1 and domain == [0]
+    assert [len(part) for part in clients[0]] == [12, 3]
+    more = read_csv(tmp_path, table(ROWS * 4))  # 48 and 12
+    clients, _ = data.text_clients(more, None, .5)
+    assert len(clients) == 6 and all(len(a) and len(b) for a, b in clients)
+    with pytest.raises(common.UserError, match=r"all 12 clients .* or a larger --alpha"):
+        data.text_clients(tiny, 12, .5)
 
 
 def test_topics_contradict_each_other_between_domains_only_where_they_should():
@@ -684,6 +974,12 @@ def arguments(small, *more):
     return [*(str(w) for pair in given.items() for w in pair), *more]
 
 
+def without_sources(err, *others):
+    """What a run put on stderr beside the lines about what it read."""
+    return "\n".join(line for line in err.strip().splitlines()
+                     if not line.startswith(("texts: ", "encoder: ", *others)))
+
+
 def trained(folder):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
     return [t for m in state["trained"].values() for e in [*m["edges"], m["cloud"]]
@@ -711,8 +1007,13 @@ def test_run_leaves_its_files_and_a_result_line(reference):
     folder, out, err = reference
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "log.jsonl", "checkpoint.pt", "result.json", "figure.png", "elsa.py"}
-    assert err == "" and re.fullmatch(r"RESULT( \w+=\S+)+", out.strip().splitlines()[-1])
+    assert without_sources(err) == "" and err.splitlines()[0] == (
+        "texts: 160 rows of texts.csv (comma, utf-8, no header), 4 classes (kind 0 40, kind 1 40, "
+        "kind 2 40, kind 3 40), test: a drawn fifth, 32; 16 training texts set apart as probes; "
+        "5 clients of 17 to 29 training texts")
+    assert re.fullmatch(r"RESULT( \w+=\S+)+", out.strip().splitlines()[-1])
     found = result(folder)
+    assert found["sources"]["texts"] == err.splitlines()[0].removeprefix("texts: ")
     assert [h["round"] for h in found["results"]["elsa"]["history"]] == list(range(1, 13))
     for table in ("links of ELSA", "before the first round", "by edge"):
         assert table in out
@@ -739,13 +1040,15 @@ def test_bytes_of_a_run_are_those_of_its_texts(small, tmp_path):
             longest = max(len(world.texts.train[i].split()) + 2 for i in here)
             tokens += len(here) * longest
     assert {n: found[n] for n in elsa.EXCHANGES} == dict.fromkeys(elsa.EXCHANGES, tokens * 16 * 4)
-    adapters = 3 * 2 * 2 * 8 * 16 + 4 * 16 + 4  # blocks, q and v, A and B, rank, width; head
-    assert found["adapters up"] == found["adapters down"] == 5 * adapters * 4
-    assert found["edge-cloud"] == 2 * 2 * adapters * 4
+    block = 2 * 2 * 8 * 16  # q and v, A and B, rank, width
+    head = 4 * 16 + 4
+    mine = 2 * block + head  # part 2, the block in the middle, stays at the edge
+    assert found["adapters up"] == found["adapters down"] == 5 * mine * 4
+    assert found["edge-cloud"] == 2 * 2 * (3 * block + head) * 4
     elsa.main([*words[:-1], str(tmp_path / "b"), "--sketch", "both", "--channel", "sketch"])
     coded = result(tmp_path / "b")["results"]["elsa"]["bytes"]
     assert coded["gradients up"] == tokens * 6 * 4  # half of 16 in three rows: two sums each
-    assert coded["adapters up"] == 5 * math.ceil(adapters / 16) * 6 * 4
+    assert coded["adapters up"] == 5 * math.ceil(mine / 16) * 6 * 4
 
 
 def test_same_command_gives_the_same_numbers_and_another_seed_others(small, tmp_path):
@@ -771,6 +1074,7 @@ def test_ctrl_c_says_how_to_go_on(small, tmp_path):
     wait_for_rows(folder, 2, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
+    err = without_sources(err)
     assert len(err.strip().splitlines()) == 1 and "--resume" in err and str(folder) in err
 
 
@@ -875,8 +1179,168 @@ def test_one_client_is_a_federation_too(small, tmp_path):
     assert list(result(tmp_path / "out")["groups"].values()) == [[0]]
 
 
+@pytest.mark.parametrize("method", elsa.METHODS)
+def test_every_method_runs_alone_also_with_more_edges_than_clients(small, tmp_path, capsys, method):
+    elsa.main(arguments(small, "--method", method, "--clients", 3, "--edges", 4, "--no-trust",
+                        "--rounds", 1, "--cloud-every", 1, "--out-dir", tmp_path / "out"))
+    said, found = capsys.readouterr(), result(tmp_path / "out")
+    last, sent = found["results"][method]["history"][-1], found["results"][method]["bytes"]
+    assert last["megabytes"] == sum(sent.values()) / 1e6
+    assert ("links of" in said.out) == (method not in ("local", "central"))
+    if method in ("local", "central"):
+        assert not any(sent.values()) and not any(found["once"].values())
+    else:
+        assert sent["adapters down"] > 0 and (sent["gradients up"] > 0) == (method in elsa.SPLIT)
+        assert (sent["edge-cloud"] > 0) == (method in ("elsa", "hier-random"))
+        assert (found["once"]["probe states up"] > 0) == (method == "elsa")
+        assert (found["once"]["rotations up"] > 0) == (method in elsa.SPLIT)
+    if method == "local":  # nobody averages: there is no cloud, and there are no edges
+        assert last["cloud"] is None and last["edges"] == [] and "by edge" not in said.out
+    else:
+        assert len(last["edges"]) == len(found["groups"]) <= 3 and last["cloud"] is not None
+    idle = "1 of 4 edges take no part in ELSA: its 3 trusted clients form 3 clusters"
+    assert (idle in said.err) == (method == "elsa")
+
+
+def test_part_2_stays_at_the_edge_untouched_by_what_the_way_up_loses(small, tmp_path):
+    args = elsa.resolve(elsa.build_parser().parse_args(arguments(small, "--out-dir", tmp_path)))
+    with common.Run(args, "x") as run:
+        world = elsa.build_federation(args, run)
+    parts = {n for n in world.start if ".layer.1." in n}
+    assert len(parts) == 4 and elsa.at_the_edge(world.model, (1, 2)) == parts
+    assert elsa.at_the_edge(world.model, (2, 2)) == set()
+    assert len(elsa.at_the_edge(world.model, (0, 3))) == len(world.start) - 2  # but the head
+
+    def nothing(x):
+        return torch.zeros_like(x), 7
+    for link, stays in ((elsa.Link(), parts), (None, set())):  # split; a client with the whole
+        true = elsa.client_round(world, world.start, 0, link, (1, 2), None, 0)
+        lost = elsa.client_round(world, world.start, 0, link, (1, 2), nothing, 0)
+        assert list(lost["adapters"]) == list(world.start) and lost["sent"]["adapters up"] == 7
+        for n, t in lost["adapters"].items():
+            assert torch.equal(t, true["adapters"][n] if n in stays else world.start[n])
+            assert n not in stays or not torch.equal(t, world.start[n])
+        numbers = sum(t.numel() for n, t in world.start.items() if n not in stays)
+        assert true["sent"]["adapters up"] == true["sent"]["adapters down"] == 4 * numbers
+
+
+def test_an_edge_without_honest_clients_serves_nobody(small, tmp_path, monkeypatch):
+    args = elsa.resolve(elsa.build_parser().parse_args(arguments(small, "--out-dir", tmp_path)))
+    with common.Run(args, "x") as run:
+        world = elsa.build_federation(args, run)
+        world.poisoned = {0: "random"}
+        cuts = dict.fromkeys(range(5), (1, 2))
+        found = elsa.evaluate(world, run, [[0], [1, 2, 3, 4]], {"edges": [world.start] * 2,
+                              "cloud": world.start}, dict.fromkeys(range(5)), cuts)
+    assert found["edges"] == [None, found["served"]] and found["served"] == found["cloud"]
+
+
+# Flags -> those of them that change nothing, and why
+IDLE = [
+    (["--channel", "none", "--sketch-rows", "2", "--ratio", ".3", "--sketch", "both"],
+     "--ratio, --sketch, --sketch-rows; --channel none"),
+    (["--sketch", "none", "--channel", "sketch", "--recovery", "lsq"],
+     "--channel, --recovery; --sketch none"),
+    (["--ssop", "none", "--ssop-rank", "4"], "--ssop-rank; --ssop none"),
+    (["--method", "local", "--poison", "random:1", "--batch", "8"], "--poison; --method local"),
+    (["--method", "fedavg", "--split", "1,2", "--ssop", "edge"], "--split, --ssop; --method f"),
+    (["--method", "fedavg,central", "--edges", "2", "--capacity", "3"],
+     "--capacity; --method fedavg,central groups", "--edges; --method fedavg,central has one"),
+    (["--method", "hier-random", "--edges", "2", "--no-trust"], "--no-trust; --method hier-random"),
+    (["--no-trust", "--trust-factor", ".5", "--neighbours", "2"],
+     "--neighbours, --trust-factor; --no-trust"),
+    (["--no-cluster", "--capacity", "4", "--tau-max", "30"], "--capacity, --tau-max; --no-cluster"),
+    (["--edge-lambda", ".2"], "--edge-lambda; nobody has to move"),
+    (["--edge-lambda", ".2", "--tau-max", "30"],),
+    (["--rounds", "3", "--cloud-every", "4", "--cloud-mix", "1"],
+     "--cloud-every, --cloud-mix; the cloud's first turn would be round 4, there are 3"),
+    (["--max-length", "32", "--num-probes", "12"], "--max-length; --model tiny",
+     "--num-probes; topics"),
+    (["--probes", "p.txt", "--num-probes", "12"], "--num-probes; --probes"),
+    (["--channel=none", "--ratio=.5"], "--ratio; --channel none"),  # also where it is the default
+    (["--edges", "2", "--cloud-every", "1", "--ssop-rank", "8", "--sketch", "both"],)]
+
+
+@pytest.mark.parametrize("case", IDLE, ids=lambda case: " ".join(case[0]))
+def test_flags_that_change_nothing_are_said(case):
+    flags, *lines = case
+    args, given = elsa.parse(flags)
+    found = elsa.idle_flags(elsa.resolve(args), given)
+    assert len(found) == len(lines)
+    for text, words in zip(found, lines, strict=True):
+        assert text.startswith(f"without effect: {words}")
+
+
+def test_what_the_placement_cannot_keep_is_said_or_refused(small, tmp_path):
+    """Clients 0-2 behave alike and so do 3 and 4; latencies by hand."""
+    distance = torch.ones(5, 5) * 9
+    distance[:3, :3] = distance[3:, 3:] = 1
+    distance.fill_diagonal_(0)
+    latency = torch.tensor([[10., 20], [10, 20], [30, 40], [20, 10], [20, 10]]).double()
+    said = []
+
+    def check(*flags, rank=4):
+        said.clear()
+        args = elsa.resolve(elsa.build_parser().parse_args(
+            ["--edges", "2", "--no-trust", "--ssop-rank", "4", *flags]))
+        world = SimpleNamespace(args=args, clients=[0] * 5, width=16, probe_ids=range(9),
+                                network={"latency": latency})
+        elsa.check_placement(world, SimpleNamespace(warn=said.append), {
+            "bases": [torch.zeros(16, rank)] + [torch.zeros(16, 4)] * 4, "distance": distance})
+        return said
+    assert check() == [] == check("--capacity", "3", "--tau-max", "30")
+    assert check("--tau-max", "15") == [
+        "--tau-max 15: 1 of 5 clients stay at an edge farther than that; their nearest edges are "
+        "30.0 to 30.0 ms away"]
+    with pytest.raises(common.UserError, match="--capacity 2: 2 edges take 4 clients, but 5 are"):
+        check("--capacity", "2")
+    assert check("--capacity", "2", "--method", "fedavg") == []
+    assert check("--fingerprint-rank", "20") == [
+        "--fingerprint-rank 20: the states span 16 directions, all of which are kept"]
+    assert check("--neighbours", "7") == [
+        "--neighbours 7: a client has 4 others, who are all asked"]
+    assert check(rank=3) == ["--ssop-rank 4: the texts of 1 clients have fewer tokens, client 0's "
+                             "turn 3 directions"]
+    assert check("--ssop", "none", rank=3) == []
+
+
+def test_a_small_csv_runs_as_it_is_and_resumes_on_its_own_texts_only(
+        small, tmp_path, monkeypatch, capsys):
+    """30 rows, no number of clients, a name with signs; then other texts under the same name."""
+    monkeypatch.chdir(tmp_path)
+    words = (small / "vocab.txt").read_text().split()[5:]
+    rows = [(f"${c}$", f"{words[c]} {words[-c]} {words[i]}") for i in range(10) for c in (1, 2, 3)]
+    Path("a $x$ [b]*.csv").write_text(table(rows, head=("label", "text")))
+    given = ["--dataset", "csv:a $x$ [b]*.csv", "--model", str(small / "model"), "--rounds", "1",
+             "--warmup-steps", "2", "--data-dir", "data"]
+    assert exit_code(elsa.main, given) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert "note: --ssop-rank is 16 here: the states have no more dimensions" in err
+    assert err[0].startswith(
+        "texts: 30 rows of a $x$ [b]*.csv (comma, utf-8, header label,text), 3 classes ($1$ 10, "
+        "$2$ 10, $3$ 10), test: a drawn fifth, 6; 6 training texts set apart as probes (of 96 "
+        "wanted: a quarter at most); 2 clients of 6 to 12 training texts (12 were too many for so "
+        "few texts), 1 of them with one class only")
+    out, = Path("runs").iterdir()
+    before = result(out)
+    assert len(before["trust"]) == 2 and (out / "figure.png").stat().st_size > 10_000
+    again = ["--dataset", "csv:./a $x$ [b]*.csv", *given[2:], "--resume", "--out-dir", str(out)]
+    assert exit_code(elsa.main, again) == 0
+    assert result(out) == {**before, "dataset": "csv:./a $x$ [b]*.csv"}
+    Path("a $x$ [b]*.csv").write_text(table([*rows[:-1], (rows[-1][0], "another")],
+                                            head=("label", "text")))
+    capsys.readouterr()
+    assert exit_code(elsa.main, again) == 2
+    assert "the texts of this run were others" in capsys.readouterr().err
+    assert result(out) == {**before, "dataset": "csv:./a $x$ [b]*.csv"}
+
+
 BAD = [
     (["--dataset", "imdb"], "unknown"), (["--dataset", "csv:/nowhere.csv"], "no such file"),
+    (["--dataset", "texts.csv"], "Did you mean csv:texts.csv?"),
+    (["--dataset", "topics", "--model", "tiny", "--test-file", "x.csv"], "--test-file is of csv"),
+    (["--dataset", "topics", "--model", "tiny", "--encoding", "latin-1"], "--encoding is of csv"),
+    (["--capacity", "1", "--rounds", "1", "--no-trust"], "--capacity 1: 2 edges take 2 clients"),
     (["--dataset", "trec"], "train_5500.label"), (["--model", "/nowhere/at/all"], "/nowhere"),
     (["--model", "tiny"], "topics"), (["--method", "fedsgd"], "split-flat"),
     (["--poison", "flip:2"], "label-flip:N"), (["--poison", "random:5"], "no honest"),
@@ -902,7 +1366,7 @@ def test_bad_input_is_one_line(small, tmp_path, monkeypatch, capsys, flags, word
     out = [] if "--resume" in flags else ["--out-dir", "out"]
     code = exit_code(elsa.main, arguments(small, *out, *flags))
     assert code == (3 if "finite" in words else 2)
-    err = capsys.readouterr().err.strip()
+    err = without_sources(capsys.readouterr().err, "note: ")
     assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
     assert not Path("out/result.json").exists()
 
@@ -921,7 +1385,7 @@ def test_too_few_probes_are_refused(small, tmp_path, capsys, content, words):
     (tmp_path / "probes.txt").write_text(content)
     code = exit_code(elsa.main, arguments(small, "--probes", tmp_path / "probes.txt", "--out-dir",
                                           tmp_path / "out"))
-    err = capsys.readouterr().err.strip()
+    err = without_sources(capsys.readouterr().err, "note: ")
     assert code == 2 and len(err.splitlines()) == 1 and f"lines with text: {words}" in err
     good = tmp_path / "good.txt"
     good.write_text("\n".join(f"bal del {w}" for w in ("fil", "gom", "bun", "dam", "fel")))
