@@ -818,7 +818,7 @@ def planted_task(cache):
     words = planted_words(cache, "--truth", "0,0,0,4,20,0", "--head-init", "linear")
     args = pro_vpt.read_arguments(list(map(str, words)))
     run = SimpleNamespace(rank_zero_first=NoRank, progress=lambda items, *_, **__: items,
-                          device=torch.device("cpu"))
+                          sources={}, source=lambda *_: None, device=torch.device("cpu"))
     return pro_vpt.build_task(args, run, "planted", "test"), args
 
 
@@ -892,7 +892,11 @@ def test_run_leaves_its_files_and_a_result_line(reference):
     folder, out, err = reference
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "log.jsonl", "checkpoint.pt", "result.json", "figure.png", "pro_vpt.py"}
-    assert err == "" and Image.open(folder / "figure.png").size[0] > 800
+    said = result(folder)["sources"]
+    assert said["pictures"] == ("vtab-kitti, 4 classes, 3 of them in its lists; used 12 to train, "
+                                "6 to validate, 8 to test")
+    assert err == "".join(f"{name}: {line}\n" for name, line in said.items())
+    assert Image.open(folder / "figure.png").size[0] > 800
     last = out.strip().splitlines()[-1]
     assert re.fullmatch(r"RESULT( \w+=\S+)+", last)
     line = dict(pair.split("=", 1) for pair in last.split()[1:])
@@ -1023,9 +1027,10 @@ def test_bad_input_is_one_line(cache, planted_task, tmp_path, monkeypatch, capsy
     if "vtab-dmlab" in flags or "fgvc-cub" in flags or "folder:/nowhere" in flags:
         folder += ["--model", save_vit(tmp_path / "vit")] if "tiny" not in flags else []
     code = exit_code(pro_vpt.main, [*folder, "--seed", "3", *flags, *out])
-    err = capsys.readouterr().err.strip()
+    err = capsys.readouterr().err.splitlines()
     assert code == (3 if "finite" in words else 2), err
-    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    assert [line.startswith("pictures: ") for line in err[:-1]] in ([], [True])
+    assert words in err[-1] and err[-1].startswith("error: ")
     assert not (tmp_path / "out" / "result.json").exists()
 
 
@@ -1064,7 +1069,7 @@ def test_a_damaged_tree_is_one_line(tmp_path, capsys, how, words):
 
 @pytest.mark.parametrize("table, words", [
     ("[1, 2]", "one JSON object"), ("{oops", "one JSON object"), ('{"a/b.png": 1}', "a/b.png"),
-    ("{}", "does not exist")])
+    ("{}", "is empty"), ('{"a/b.png": -1}', "a/b.png: -1")])
 def test_a_damaged_fgvc_list_is_one_line(tmp_path, table, words):
     write_fgvc(tmp_path, "cars")
     (tmp_path / "fgvc" / "StanfordCars" / "val.json").write_text(table)
