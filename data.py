@@ -7,7 +7,8 @@ Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`, `long_
 Clients      `pachinko_partition` (two label levels), `dirichlet_partition`, `federated_clients`
 Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH, `topics`; `text_clients`,
              `poison_labels`, `draw_network`; `load_encoder`: `tiny_bert`, `text_encoder`
-Reading      `ImagePool`: images through a transform, in memory when they are small
+Reading      `read_image`: any picture file as a viewer shows it; `open_all`: what the files of a
+             set are; `ImagePool`: images through a transform, in memory when they are small
 Transfer     `load_splits` (VTAB-1k, FGVC, folders), `frozen_vit`, `transfer_task`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
              `encode_once` (image features, cached)
@@ -867,7 +868,7 @@ def load_images(name, data_dir, seed=0, progress=lambda items, *_, **__: items):
     images = _named_set(name, data_dir, seed)
     where = f"{DOGS_URL}images.tar" if name == "dogs" else "what its lists name"
     (images.train, images.test), notes = open_listed(
-        {"training": images.train, "test": images.test}, data_dir, progress,
+        {"train": images.train, "test": images.test}, data_dir, progress,
         f"put {where} there anew")
     images.said = (f"{name}, {images.num_classes} classes, {len(images.train)} training and "
                    f"{len(images.test)} test images{images.said}{notes}")
@@ -1383,10 +1384,9 @@ def _inspect_all(files, data_dir, progress):
     from PIL import Image
 
     def stamp(path):
-        try:
-            return [os.path.getsize(path), os.stat(path).st_mtime_ns]
-        except OSError:
-            return None
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            return [found.st_size, found.st_mtime_ns]
 
     paths = {f: os.path.abspath(f) for f in files}
     folder = os.path.commonpath([os.path.dirname(p) for p in paths.values()]) if paths else ""
@@ -1436,11 +1436,11 @@ def open_all(parts, data_dir, progress, advice, listed=False):
     seen = {}
     for name, part in parts.items():
         if listed and len(set(part)) < len(part):
-            notes.append(f"{len(part) - len(set(part))} {name} files are listed twice")
+            notes.append(f"files listed twice in {name}: {len(part) - len(set(part))}")
         digests = [found[f].digest for f in part if found[f].digest]
         for other, there in seen.items():
             if copies := sum(d in there for d in digests):
-                notes.append(f"{copies} {name} files are {other} files, too")
+                notes.append(f"files of {name} that are in {other}, too: {copies}")
         seen[name] = set(digests)
     return found, ranges, "".join(f"; {note}" for note in notes)
 

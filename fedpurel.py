@@ -999,6 +999,8 @@ def resolve(args):
     common.fill_in(args, PAPER)
     if not folder:  # what suits a folder is found when it is read
         common.fill_in(args, {"clients": 20})
+        if name not in data.LONG_TAILED_SETS:
+            common.fill_in(args, {"imbalance": 100.0})
     args.method = ",".join(common.choose(args.method, METHODS))
     data.check_federation(args)
     return args

@@ -898,7 +898,8 @@ def test_files_that_are_no_pictures_or_hidden_are_left_out_and_counted(tmp_path)
         "2 classes (cat, dog), 8 training files in train/ (13 left out: 5 hidden, 2 .heic that "
         "Pillow cannot read, 2 .csv, 1 outside the class folders, 1 .xml, 1 without suffix, "
         "1 .svg that Pillow cannot read)",
-        "test: test/, 8 files (2 left out: 1 hidden, 1 .bin)", "8 test files are train files, too"]
+        "test: test/, 8 files (2 left out: 1 hidden, 1 .bin)",
+        "files of test that are in train, too: 8"]
 
 
 def test_all_broken_pictures_are_named_at_once_before_anything_is_read(tmp_path):
@@ -1150,8 +1151,8 @@ def test_files_that_are_listed_twice_or_in_two_parts_are_said(tmp_path):
     path = tmp_path / "places-lt" / "Places_LT_test.txt"
     path.write_text("val_256/2.jpg 0\ndata_256/a/airfield/1.jpg 0\n")
     images = data.load_images("places", tmp_path)
-    assert images.said == ("places, 2 classes, 3 training and 2 test images; 1 training files are "
-                           "listed twice; 1 test files are training files, too")
+    assert images.said == ("places, 2 classes, 3 training and 2 test images; files listed twice in "
+                           "train: 1; files of test that are in train, too: 1")
 
 
 # -- long tails and clients of folders -----------------------------------------------------------
