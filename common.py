@@ -515,7 +515,8 @@ class Run:
         """Checkpoint `state`; `at` says in words what is safe now ("round 3")."""
         if self.rank == 0:
             content = {"script": self.title, "settings": self._fixed(), "rows": self.rows,
-                       "sources": self.sources, "state": to_device(state, "cpu")}
+                       "sources": {**self.saved_sources, **self.sources},
+                       "state": to_device(state, "cpu")}
             atomic_write(self.out_dir / "checkpoint.pt", lambda p: torch.save(content, p))
         self.saved_at = at
 
@@ -621,7 +622,8 @@ class Run:
         """
         if self.rank:
             return
-        sources = {name: said for name, (said, _) in self.sources.items()}
+        sources = {**self.saved_sources, **self.sources}  # a suite reads only what is left of it
+        sources = {name: said for name, (said, _) in sources.items()}
         write_json(self.out_dir / "result.json", {**result, "sources": sources})
         try:
             if draw:

@@ -8,7 +8,8 @@ Clients      `pachinko_partition` (two label levels), `dirichlet_partition`, `fe
 Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH (any table of labels and texts), `topics`;
              `text_clients`, `poison_labels`, `draw_network`; `load_encoder`: `tiny_bert`,
              `text_encoder`
-Reading      `ImagePool`: images through a transform, in memory when they are small
+Reading      `read_image`: any picture file as a viewer shows it; `open_all`: what the files of a
+             set are; `ImagePool`: images through a transform, in memory when they are small
 Transfer     `load_splits` (VTAB-1k, FGVC, folders), `frozen_vit`, `transfer_task`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
              `encode_once` (image features, cached)
@@ -19,6 +20,7 @@ Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE (TABLE)
 Each section can be read alone.
 """
 import codecs
+import collections
 import contextlib
 import csv
 import difflib
@@ -29,15 +31,19 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import runpy
 import tarfile
 import tempfile
 import unicodedata
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -123,15 +129,17 @@ def group_rule(text):
 def long_tailed(images, imbalance, n_max, class_order, seed):
     """An ImageSet with its training part cut to a long tail (as it is, if it has one already).
 
-    imbalance: most over least frequent class; n_max: images of the most frequent class, None for
+    imbalance: most over least frequent class, None for 100, or for all images where that ratio is
+    10 (the paper's smallest) or more as it is; n_max: images of the most frequent class, None for
     all it has; class_order: "dataset" (class 0 is the most frequent, or the set's own tail_order)
-    or "random", drawn from the seed.
+    or "random", drawn from the seed. Every class keeps an image at least.
     """
-    if images.long_tailed:
-        return images
     size = np.bincount(images.train_labels, minlength=images.num_classes)
+    if images.long_tailed or (
+            imbalance is n_max is None and size.max() >= 10 * size.min()):
+        return images
     n_max = n_max or int(size.mean() if images.tail_order else size.max())
-    tail = np.array(long_tail_counts(n_max, images.num_classes, imbalance))
+    tail = np.maximum(long_tail_counts(n_max, images.num_classes, imbalance or 100), 1)
     rank = np.argsort(images.tail_order or range(images.num_classes))  # 0: the most frequent class
     if class_order == "random":
         rank = numpy_generator(seed, "class-order").permutation(images.num_classes)
@@ -225,7 +233,7 @@ def dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries
         + f"; use fewer --clients or a larger {flag}")
 
 
-def federated_clients(images, train_labels, num_clients, beta, rng):
+def federated_clients(images, train_labels, num_clients, beta, rng, tries=1000):
     """Who holds what of an ImageSet whose long-tailed training part has `train_labels` (N,).
 
     -> K pairs (train, test) of sorted int64 arrays: numbers into the training samples followed by
@@ -241,20 +249,31 @@ def federated_clients(images, train_labels, num_clients, beta, rng):
         train = [p[p < first_test] for p in parts]
         test = [p[p >= first_test] - first_test for p in parts]
     elif images.client_tests == "like training":
-        train, test = dirichlet_partition(train_labels, test_labels, num_clients, beta, rng)
+        train, test = dirichlet_partition(train_labels, test_labels, num_clients, beta, rng, tries)
     else:
-        train, _ = dirichlet_partition(train_labels, None, num_clients, beta, rng)
+        train, _ = dirichlet_partition(train_labels, None, num_clients, beta, rng, tries)
         if images.client_tests == "balanced":
             # dealt like cards, class by class: shares of a class differ by one sample at most
             deck = rng.permutation(len(test_labels))
             deck = deck[np.argsort(test_labels[deck], kind="stable")]
             test = [np.sort(deck[k::num_clients]) for k in range(num_clients)]
         else:
-            test, _ = dirichlet_partition(test_labels, None, num_clients, beta, rng)
+            test, _ = dirichlet_partition(test_labels, None, num_clients, beta, rng, tries)
     if not all(map(len, [*train, *test])):
         raise UserError("a client got no training or no test sample; use fewer --clients or a "
                         "larger --beta")
     return [(a, b + first_test) for a, b in zip(train, test, strict=True)]
+
+
+def clients_that_fit(images, beta, seed):
+    """federated_clients of 20, the paper's number, or of as many as a small set can serve."""
+    for k in (20, 15, 10, 8, 6, 5, 4, 3):
+        if k <= min(len(images.train_labels), len(images.test_labels)):
+            with contextlib.suppress(UserError):
+                return federated_clients(images, images.train_labels, k, beta,
+                                         numpy_generator(seed, "partition"), tries=100)
+    return federated_clients(images, images.train_labels, 2, beta,
+                             numpy_generator(seed, "partition"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1090,7 +1109,8 @@ class ImageSet:
     arrays; template: a caption with {} for the class name; coarse: (C,) coarse label of each class,
     if any; long_tailed: True when the training part is long-tailed already; tail_order: the classes
     from the most to the least frequent, where a set has an order of its own (its largest class then
-    gets the mean number of images a class); client_tests: see federated_clients.
+    gets the mean number of images a class); client_tests: see federated_clients; val: a validation
+    part (Images, labels) that comes with the set; said: what was found and left out, for people.
     """
     name: str
     class_names: list
@@ -1103,6 +1123,8 @@ class ImageSet:
     long_tailed: bool = False
     tail_order: list = None
     client_tests: str = "like training"
+    val: tuple = None
+    said: str = ""
 
     @property
     def num_classes(self):
@@ -1110,10 +1132,13 @@ class ImageSet:
 
 
 class Images:
-    """A sequence of RGB PIL images over an (N, H, W[, 3]) uint8 array or a list of files."""
+    """A sequence of RGB PIL images over an (N, H, W[, 3]) uint8 array or a list of files.
 
-    def __init__(self, source):
-        self.source = source
+    ranges: what is black and white in files of more than 8 bits, see read_image.
+    """
+
+    def __init__(self, source, ranges=None):
+        self.source, self.ranges = source, ranges or {}
 
     def __len__(self):
         return len(self.source)
@@ -1124,24 +1149,27 @@ class Images:
         item = self.source[i]
         if isinstance(item, np.ndarray):
             return Image.fromarray(item).convert("RGB")
-        try:
-            with Image.open(item) as image:
-                return image.convert("RGB")
-        except Exception as error:  # PIL: OSError, ValueError, SyntaxError, DecompressionBombError
-            raise UserError(f"{item} is not a readable image ({error})") from None
+        return read_image(item, self.ranges)
 
     def subset(self, indices):
         """The images at `indices`, in that order."""
         if isinstance(self.source, np.ndarray):
             return Images(self.source[indices])
-        return Images([self.source[i] for i in indices])
+        return Images([self.source[i] for i in indices], self.ranges)
 
     @staticmethod
     def concat(first, second):
         """`first` followed by `second` (both of one kind)."""
         if isinstance(first.source, np.ndarray):
             return Images(np.concatenate([first.source, second.source]))
-        return Images([*first.source, *second.source])
+        return Images([*first.source, *second.source], first.ranges)
+
+    def listing(self):
+        """What tells these images from others: the pixels, or the files' names and sizes."""
+        if isinstance(self.source, np.ndarray):
+            return self.source
+        root = os.path.commonpath([Path(f).parent for f in self.source])
+        return [self.ranges, [(os.path.relpath(f, root), os.path.getsize(f)) for f in self.source]]
 
 
 PHOTO = "a photo of a {}."
@@ -1170,6 +1198,7 @@ CIFAR_STATISTICS = {  # mean and standard deviation of the authors' preprocessin
     "cifar10": ((.4914, .4822, .4465), (.2023, .1994, .2010)),
 }
 OWN_SETS = ["dogs", "imagenet", "places", "shapes"]
+LONG_TAILED_SETS = ["imagenet", "places", "shapes"]
 IMAGE_SETS = sorted([*TORCHVISION_SETS, *OWN_SETS])
 
 # CIFAR-100's 20 coarse classes in the order of its `coarse_label_names`, as fine labels per coarse
@@ -1207,15 +1236,27 @@ def readable(name):
     return " ".join(str(name).replace("_", " ").split())
 
 
-def load_images(name, data_dir, seed=0):
+def load_images(name, data_dir, seed=0, progress=lambda items, *_, **__: items):
     """The ImageSet `name`, one of IMAGE_SETS or "folder:PATH"; downloads into data_dir if it can.
 
-    seed: what `shapes` is drawn from, and how Food-101, DTD and Pets are split. UserError: unknown
-    name, missing or empty files, no network (the message says what to put where).
+    seed: what `shapes` is drawn from, and how Food-101, DTD and Pets are split. All files are
+    opened once (open_all). UserError: unknown name, missing, empty or damaged files, no network
+    (the message says what to put where).
     """
     data_dir = Path(data_dir)
     if name.startswith("folder:"):
-        return _folder_set(Path(name.partition(":")[2]))
+        return _folder_set(user_path(name.partition(":")[2]), data_dir, progress)
+    images = _named_set(name, data_dir, seed)
+    where = f"{DOGS_URL}images.tar" if name == "dogs" else "what its lists name"
+    (images.train, images.test), notes = open_listed(
+        {"train": images.train, "test": images.test}, data_dir, progress,
+        f"put {where} there anew")
+    images.said = (f"{name}, {images.num_classes} classes, {len(images.train)} training and "
+                   f"{len(images.test)} test images{images.said}{notes}")
+    return images
+
+
+def _named_set(name, data_dir, seed):
     if name in TORCHVISION_SETS:
         return _torchvision_set(name, data_dir, seed)
     if name == "shapes":
@@ -1266,62 +1307,213 @@ def _torchvision_set(name, data_dir, seed):
     else:
         test, test_labels = train.subset(rest), labels[rest]
     train, labels = train.subset(first), labels[first]
-    coarse = None
+    coarse, unused = None, f"; {len(rest)} left out, the authors' validation part"
     if name == "cifar100":
         parent = {fine: i for i, names in enumerate(CIFAR100_COARSE) for fine in names.split()}
         coarse = np.array([parent[c] for c in classes])
     order = FASHION_ORDER if name == "fashion-mnist" else None
     return ImageSet(name, [readable(c) for c in classes], template, train, labels, test,
-                    test_labels, coarse, tail_order=order)
+                    test_labels, coarse, tail_order=order,
+                    said=unused if test_splits and len(rest) else "")
 
 
-def _folder_set(path):
-    """train/<class>/* and test/<class>/*; without test/ a fifth of each class is the test."""
+SPLIT_WORDS = {word: part for part, words in {
+    "train": "train training trn trainset trainval", "val": "val valid validation dev valset",
+    "test": "test testing tst testset eval evaluation"}.items() for word in words.split()}
+SYSTEM = {"@eadir", "#recycle", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini",
+          "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
+
+
+def _visible(folder, left):
+    """What a folder holds, sorted, but for hidden and system things, which are counted in left."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{printable(str(folder))} cannot be read ({error.strerror})") from None
+    kept = [p for p in entries if p.name[0] != "." and p.name.lower() not in SYSTEM]
+    left["hidden"] += len(entries) - len(kept)
+    return kept
+
+
+def _folders(folder, ours=()):
+    """The visible folders in a folder, without `ours`, which are written by runs."""
+    entries = _visible(folder, collections.Counter())
+    lost = [printable(str(p)) for p in entries if p.is_symlink() and not p.exists()]
+    if lost:
+        raise UserError(f"{', '.join(lost[:10])}: a link to what does not exist")
+    return [p for p in entries if p.is_dir() and os.path.realpath(p) not in ours]
+
+
+def _files_below(folder, left, above=()):
+    """All files below a folder; links are followed, but not back to where they lie."""
+    above, files = {*above, os.path.realpath(folder)}, []
+    for entry in _visible(folder, left):
+        if not entry.is_dir():
+            files.append(entry)
+        elif os.path.realpath(entry) in above:
+            left["link in a circle"] += 1
+        else:
+            files += _files_below(entry, left, above)
+    return files
+
+
+def _split_part(name):
+    """"train", "val" or "test" if that is what a folder's name says: seg_train, Testing, ..."""
+    words = {w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+    parts = {SPLIT_WORDS[w] for w in words if w in SPLIT_WORDS}
+    return parts.pop() if len(parts) == 1 else None
+
+
+def _find_parts(root, ours):
+    """The parts of a tree -> {"train", "val", "test": folder} and folders that are none of them.
+
+    {"all": folder} where there are class folders only.
+    """
+    folders, claims = _folders(root, ours), {}
+    for folder in folders:
+        claims.setdefault(_split_part(folder.name), []).append(folder)
+    others = claims.pop(None, [])
+    if len(folders) == len(others) == 1 and _folders(others[0]):
+        return _find_parts(others[0], ours)
+    # bus/, car/, train/ are classes, but not if train/ holds class folders, or beside test/
+    plain = {p for p in folders if p.name.lower() in SPLIT_WORDS}
+    deep = {p for p in folders if p not in others and _folders(p)}
+    sure = "train" in claims and len(claims) > 1 and (deep or len(plain) > 1)
+    if others and not sure:
+        if plain & deep:
+            raise UserError(
+                f"{printable(str(root))}: {min(plain & deep).name}/ holds class folders, and "
+                f"beside it is {printable(others[0].name)}/: a class, or not? Expected "
+                "train/<class>/* and test/<class>/*, or <class>/* alone; move one of them away")
+        return {"all": root}, []
+    for part, same in claims.items():
+        if len(same) > 1:
+            raise UserError(
+                f"{printable(str(root))}: {' and '.join(f'{printable(p.name)}/' for p in same)} "
+                f"could both be the {part} part; move one of them away")
+    if claims and "train" not in claims:
+        raise UserError(
+            f"{printable(str(root))} has {', '.join(f'{part}/' for part in claims)} but no train/; "
+            "expected train/<class>/* and test/<class>/*")
+    return {part: same[0] for part, same in claims.items()} or {"all": root}, others
+
+
+def _inside(folder):
+    """A part's folder, or the only one in it if that holds folders: seg_train/seg_train."""
+    inner = _folders(folder)
+    return _inside(inner[0]) if len(inner) == 1 and _folders(inner[0]) else folder
+
+
+def _class_folders(part, left, ours):
+    """The class folders of one part of a tree: name -> files."""
+    loose = sum(p.suffix.lower() in _suffixes() and not p.is_dir() for p in _visible(part, left))
+    classes = {p.name: _files_below(p, left) for p in _folders(part, ours)}
+    if len(classes) < 2:
+        beside = f" and {loose} images outside of them" if loose else ""
+        raise UserError(
+            f"{printable(str(part))} has {len(classes)} class folders{beside}; expected at least 2 "
+            "(<class>/*.jpg): the folder of an image is its label")
+    left["outside the class folders"] += loose
+    return classes
+
+
+def _same_classes(names, others):
+    """{name: the same class's name in `others`}, alike but for Unicode's form or, if clear, case.
+
+    None where they are not the same classes.
+    """
+    for form in (lambda n: unicodedata.normalize("NFC", n),
+                 lambda n: unicodedata.normalize("NFC", n).casefold()):
+        here, there = {form(n): n for n in names}, {form(n): n for n in others}
+        if len(here) == len(names) and len(there) == len(others) and here.keys() == there.keys():
+            return {here[key]: there[key] for key in here}
+    return None
+
+
+def class_captions(folders):
+    """Class names for captions: words, without - and _, unless two classes would become one."""
+    words = [readable(printable(f).replace("-", " ")) for f in folders]
+    times = collections.Counter(words)
+    return [w if w and times[w] == 1 else printable(f)
+            for w, f in zip(words, folders, strict=True)]
+
+
+def _folder_set(path, data_dir, progress, validation=False):
+    """<part>/<class>/* in parts train, test and perhaps val, or <class>/* alone.
+
+    Of train and val alone, as in ImageNet, val is the test part. Without either the last fifth of
+    each class is. validation: whether a third part is wanted.
+    """
+    shown = printable(str(path))
     if not path.is_dir():
         raise UserError(
-            f"folder:{path}: there is no such folder; expected {path}/train/<class>/*.jpg "
-            f"and {path}/test/<class>/*.jpg")
-    if not (path / "train").is_dir() and (path / "test").is_dir():
-        raise UserError(
-            f"folder:{path} has test/ but no train/; expected train/<class>/* and test/<class>/*")
-    has_split = (path / "train").is_dir()
-    classes, train, labels = _image_tree(path / "train" if has_split else path)
-    if (path / "test").is_dir():
-        test_classes, test, test_labels = _image_tree(path / "test")
-        if test_classes != classes:
-            odd = sorted(set(classes) ^ set(test_classes))
-            raise UserError(f"folder:{path}: train/ and test/ must have the same classes; "
-                            f"only one of them has {', '.join(odd[:5])}")
-    else:
-        late = np.concatenate([np.flatnonzero(labels == c)[max(1, int(.8 * (labels == c).sum())):]
-                               for c in range(len(classes))])
-        if len(np.unique(labels[late])) < len(classes):
+            f"folder:{shown}: there is no such folder; expected {shown}/train/<class>/*.jpg "
+            f"and {shown}/test/<class>/*.jpg")
+    ours = {os.path.realpath(p) for p in (data_dir, data_dir / "cache", data_dir / "weights",
+                                          "runs")}
+    parts, others = _find_parts(path, ours)
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+    elif "val" in parts and not validation:
+        others = [*others, parts.pop("val")]
+    parts = {p: _inside(parts[p]) for p in ("all", "train", "val", "test") if p in parts}
+    main, *rest = parts
+    left = {part: collections.Counter() for part in parts}
+    trees = {part: _class_folders(folder, left[part], ours) for part, folder in parts.items()}
+    classes, images, labels = sorted(trees[main]), {}, {}
+    for part in parts:
+        same = _same_classes(classes, trees[part])
+        if same is None:
+            odd = sorted(set(classes) ^ set(trees[part])) or classes
             raise UserError(
-                f"folder:{path} has no test/ and too few images in some class to hold out a "
+                f"folder:{shown}: {parts[main].name}/ and {parts[part].name}/ must have the same "
+                f"classes, each under one name; see {', '.join(map(printable, odd[:5]))}")
+        trees[part] = [(parts[part] / same[c], trees[part][same[c]]) for c in classes]
+    files = {part: [f for _, mine in tree for f in mine] for part, tree in trees.items()}
+    found, ranges, notes = open_all(files, data_dir, progress, "mend them or take them away")
+    for part, tree in trees.items():
+        left[part].update(found[f].other for f in files[part] if found[f].other)
+        held = [[f for f in mine if not found[f].other] for _, mine in tree]
+        images[part] = Images([f for mine in held for f in mine], ranges)
+        labels[part] = np.repeat(np.arange(len(classes), dtype=np.int64), [len(x) for x in held])
+        empty = [printable(str(folder)) for (folder, _), x in zip(tree, held, strict=True) if not x]
+        if empty:
+            raise UserError(f"the class folder {', '.join(empty[:5])} holds no images (.jpg, .png "
+                            f"and what else Pillow reads){_left_out(left[part])}")
+
+    def where(part, before):
+        inside = os.path.relpath(parts[part], path)
+        return "" if inside == "." else f"{before}{printable(inside)}/"
+
+    names = class_captions(classes)
+    said = [f"{len(classes)} classes ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}), "
+            f"{len(images[main])} training files{where(main, ' in ')}{_left_out(left[main])}"]
+    said += [f"{'validation' if part == 'val' else part}:{where(part, ' ')}, {len(images[part])} "
+             f"files{_left_out(left[part])}" for part in rest]
+    if "test" not in parts:
+        train, label = images[main], labels[main]
+        late = np.concatenate([np.flatnonzero(label == c)[max(1, int(.8 * (label == c).sum())):]
+                               for c in range(len(classes))])
+        if len(np.unique(label[late])) < len(classes):
+            raise UserError(
+                f"folder:{shown} has no test/ and too few images in some class to hold out a "
                 "fifth of each; add test/<class>/* or at least 2 images per class")
-        early = np.setdiff1d(np.arange(len(labels)), late)
-        test, test_labels = [train[i] for i in late], labels[late]
-        train, labels = [train[i] for i in early], labels[early]
-    names = [readable(c.replace("-", " ")) for c in classes]
-    return ImageSet(path.name, names, PHOTO, Images(train), labels, Images(test), test_labels)
+        early = np.setdiff1d(np.arange(len(label)), late)
+        images["test"], labels["test"] = train.subset(late), label[late]
+        images[main], labels[main] = train.subset(early), label[early]
+        said.append(f"test: of these the last fifth of each class, {len(late)} files")
+    if others:
+        said.append("left out: " + ", ".join(f"{printable(p.name)}/" for p in others))
+    return ImageSet(
+        printable(path.name), names, PHOTO, images[main], labels[main],
+        images["test"], labels["test"], said="; ".join(said) + notes,
+        val=(images["val"], labels["val"]) if "val" in parts else None)
 
 
-def _image_tree(root):
-    """Class names, files and labels of root/<class>/*; every class folder must hold an image."""
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(classes) < 2:
-        raise UserError(
-            f"{root} has {len(classes)} class folders; expected at least 2 (<class>/*.jpg)")
-    from torchvision.datasets.folder import IMG_EXTENSIONS as endings
-
-    files, labels = [], []
-    for c, name in enumerate(classes):
-        mine = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in endings)
-        if not mine:
-            raise UserError(f"the class folder {root / name} holds no images ({' '.join(endings)})")
-        files += mine
-        labels += [c] * len(mine)
-    return classes, files, np.array(labels, dtype=np.int64)
+def _left_out(counter):
+    """" (28 left out: 20 .heic that Pillow cannot read, 8 hidden)"; nothing where there are none"""
+    found = [f"{n} {what}" for what, n in counter.most_common() if n]
+    return f" ({counter.total()} left out: {', '.join(found)})" if found else ""
 
 
 LIST_FILE_HELP = {
@@ -1339,13 +1531,11 @@ def _list_file_set(name, data_dir):
     folder, wanted = LIST_FILE_HELP[name]
     root = data_dir / folder
     prefix = {"imagenet": "ImageNet", "places": "Places"}[name]
-    parts = []
-    for split in ("train", "test"):
-        path = root / f"{prefix}_LT_{split}.txt"
+    paths = [root / f"{prefix}_LT_{split}.txt" for split in ("train", "test")]
+    for path in paths:
         if not path.exists():
             raise UserError(f"{path} is missing; put into {root}: {wanted}")
-        parts.append(read_list_file(path, root))
-    (train, labels), (test, test_labels) = parts
+    train, labels = read_list_file(paths[0], root, {"imagenet": 1000, "places": 365}[name])
     if name == "imagenet":
         import open_clip
         names = list(open_clip.IMAGENET_CLASSNAMES)
@@ -1353,29 +1543,40 @@ def _list_file_set(name, data_dir):
         first = {int(c): train[i] for i, c in reversed(list(enumerate(labels)))}
         folders = {c: " ".join(path.parts[len(root.parts) + 2:-1]) for c, path in first.items()}
         names = [readable(folders.get(c, f"class {c}")) for c in range(int(labels.max()) + 1)]
-    if labels.max() >= len(names) or test_labels.max() >= len(names):
-        raise UserError(f"{root}: a label is larger than the {len(names)} classes of {name}")
+    test, test_labels = read_list_file(paths[1], root, len(names))
     tests = {"imagenet": "balanced", "places": "own draw"}[name]  # as FedPuReL's authors
     return ImageSet(name, names, PHOTO, Images(train), labels, Images(test), test_labels,
                     long_tailed=True, client_tests=tests)
 
 
-def read_list_file(path, root):
-    """Lines "path label" -> (files under root, (N,) int64 labels); UserError if damaged."""
-    files, labels = [], []
-    for i, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+def read_list_file(path, root, classes):
+    """Lines "path label" -> (files under root, (N,) int64 labels in 0..classes-1).
+
+    Between the two are blanks or tabs; the path may hold some itself. UserError names the line.
+    """
+    raw, files, labels = Path(path).read_bytes(), [], []
+    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # as Windows' shell writes text
+    text = raw.decode("utf-16", "replace") if wide else raw.decode("utf-8-sig", "surrogateescape")
+    for i, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdigit():
-            raise UserError(f"{path}, line {i}: expected 'path label', got {line[:60]!r}")
-        files.append(root / name)
+        name, label = [*line.strip().rsplit(None, 1), ""][:2]
+        if not re.fullmatch(r"-?[0-9]+", label):
+            raise UserError(
+                f"{path}, line {i}: expected 'path label', got {printable(line)[:60]!r}")
+        if not 0 <= int(label) < classes:
+            raise UserError(
+                f"{path}, line {i}: label {label}; the {classes} classes are 0 to {classes - 1}")
+        files.append(_listed_file(root, name))
         labels.append(int(label))
     if not files:
         raise UserError(f"{path} is empty; expected lines 'path label'")
-    if not files[0].exists():
-        raise UserError(f"{path} names {files[0]}, which does not exist; put the images there")
     return files, np.array(labels, dtype=np.int64)
+
+
+def _listed_file(root, name):
+    """A path from a list, which Windows may have written."""
+    return root / (name if "\\" not in name or (root / name).exists() else name.replace("\\", "/"))
 
 
 DOGS_URL = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
@@ -1399,10 +1600,6 @@ def _dogs_set(data_dir):
         except Exception as error:  # scipy raises many types for a damaged file
             raise UserError(f"{path} is missing or not the list of {DOGS_URL}lists.tar "
                             f"({type(error).__name__}: {error})") from None
-        if not files[0].exists():
-            raise UserError(
-                f"{path} names {files[0]}, which does not exist; unpack {DOGS_URL}images.tar "
-                f"into {root}")
     (train, labels), (test, test_labels) = parts
     first = {int(c): f for f, c in zip(train, labels, strict=True)}
     names = [readable(first[c].parent.name.partition("-")[2]) for c in sorted(first)]
@@ -1432,6 +1629,210 @@ def fetch_tar(url, root):
 # ------------------------------------------------------------------------------------------------
 # Reading images
 # ------------------------------------------------------------------------------------------------
+
+# What Pillow warns of (odd metadata, very many pixels) changes nothing in what is read
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+PICTURES = {  # the formats of Pillow that hold pictures, and can be read without other programs
+    "AVIF", "BMP", "DDS", "DIB", "FITS", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX",
+    "PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"}
+UNREADABLE = {  # pictures that Pillow cannot read, or of which it sees a thumbnail only
+    ".ai", ".arw", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".heic", ".heif", ".jxl", ".nef",
+    ".nii", ".orf", ".pdf", ".psb", ".raf", ".rw2", ".svg", ".xcf"}
+CANNOT = " that Pillow cannot read"
+
+
+def read_image(path, ranges=None):
+    """A picture file as a viewer shows it -> RGB PIL image: upright, on white, the first frame.
+
+    ranges: {"whole": (black, white), "float": (black, white)} of pixels with more than 8 bits, as
+    open_all finds them for a whole set; else the file's own, see grey_range. UserError: unreadable.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # "white is zero"
+            with contextlib.suppress(Exception):  # the orientation, where the EXIF is damaged
+                image = ImageOps.exif_transpose(image)
+            kind = _kind(image.mode)
+            if kind != "8 bits":
+                values = np.asarray(image).astype(np.float64)
+                black, white = (ranges or {}).get(kind) or grey_range(kind, *_extremes(values))
+                values = np.nan_to_num(values, nan=black)
+                values = np.rint((values.clip(black, white) - black) * (255 / (white - black)))
+                return Image.fromarray((255 - values if inverted else values).astype(np.uint8)
+                                       ).convert("RGB")
+            if image.has_transparency_data:
+                if image.mode == "La":  # which has no way to RGBA but this
+                    image = image.convert("LA")
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # PIL: OSError, ValueError, SyntaxError, DecompressionBombError
+        raise UserError(
+            f"{printable(str(path))} is not a readable image ({_reason(error)})") from None
+
+
+def _kind(mode):
+    return "float" if mode == "F" else "whole" if mode.startswith("I") else "8 bits"
+
+
+def _extremes(values):
+    """The least and the largest finite number of an array, (0, 0) without any."""
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def grey_range(kind, low, high):
+    """What is black and white where pixels go from `low` to `high`.
+
+    Whole numbers: 0 and the largest of 8, 10, 12, ... bits; floats: 0 and 1, or 0 and 255; low and
+    high where that does not hold all of them.
+    """
+    tops = (1, 255) if kind == "float" else (2 ** max(8, -(-int(high).bit_length() // 2) * 2) - 1,)
+    fitting = [(0, top) for top in tops if low >= 0 and high <= top]
+    return fitting[0] if fitting else (low, high if high > low else low + 1)
+
+
+def _reason(error):
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):  # whose text is a handle's address
+        return "no picture inside"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _suffixes():
+    """The suffixes that promise a picture which Pillow can read."""
+    from PIL import Image
+    return {s for s, kind in Image.registered_extensions().items() if kind in PICTURES}
+
+
+class Inspected(NamedTuple):
+    """What a file is. broken: the reason, if it should be a picture; other: the kind of a file that
+    is none; kind: of its pixels, "colour" for 16 bits of which Pillow keeps the upper 8, else as
+    _kind; low, high: their extremes where the kind is not "8 bits"; digest: of all bytes.
+    """
+    broken: str = ""
+    other: str = ""
+    kind: str = "8 bits"
+    low: float = 0
+    high: float = 0
+    digest: str = ""
+
+
+def _inspect(path):
+    """Open a file, whatever its name -> Inspected."""
+    from PIL import Image
+
+    suffix = Path(path).suffix.lower()
+    other = Inspected(other=f"{suffix or 'without suffix'}{CANNOT if suffix in UNREADABLE else ''}")
+    if not os.path.isfile(path):  # pipes and the like would keep us waiting
+        return other if os.path.exists(path) else Inspected(broken="does not exist")
+    start = None
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+            image = Image.open(file)
+            if image.format not in PICTURES or (
+                    image.format == "TGA" and suffix != ".tga") or (  # any bytes may look like TGA
+                    image.format == "TIFF" and suffix in UNREADABLE):  # a thumbnail
+                return other
+            colour = any(";16" in str(tile[3]) for tile in image.tile)
+            image.draft(None, (64, 64))  # JPEG: all of the file is read, at a fraction of the time
+            image.load()
+            kind, extremes = _kind(image.mode), (0, 0)
+            if kind != "8 bits" or colour:
+                kind = "colour" if kind == "8 bits" else kind
+                extremes = _extremes(np.asarray(image).astype(np.float64))
+            file.seek(0)
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            return Inspected("", "", kind, *extremes, digest.hexdigest())
+    except Exception as error:  # as in read_image
+        if start is not None and re.match(rb".{4}ftyp.*(hei[cmsx]|hev[cx])", start, re.DOTALL):
+            return Inspected(other=".heic" + CANNOT)
+        known = (Image.OPEN[name][1] for name in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "AVIF"))
+        if start is None or suffix in _suffixes() or any(a(start[:16]) is True for a in known):
+            return Inspected(broken="empty" if start == b"" else _reason(error))
+        return other
+
+
+def _inspect_all(files, data_dir, progress):
+    """{file: Inspected}; what has the same size and time as before is not opened again."""
+    from PIL import Image
+
+    def stamp(path):
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            return [found.st_size, found.st_mtime_ns]
+
+    paths = {f: os.path.abspath(f) for f in files}
+    folder = os.path.commonpath([os.path.dirname(p) for p in paths.values()]) if paths else ""
+    key = cache_key(folder, inspect.getsource(_inspect))
+    store, known = Path(data_dir) / "cache" / f"pictures-{key}.json", {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(store.read_text())
+    stamps = {p: stamp(p) for p in paths.values()}
+    new = [p for p, now in stamps.items() if now is None or known.get(p, [None])[0] != now]
+    if new:
+        Image.init()  # once, before the threads
+        with ThreadPool() as pool:
+            results = zip(new, pool.imap(_inspect, new, chunksize=8), strict=True)
+            for p, found in progress(results, "opening all pictures once", total=len(new)):
+                known[p] = [stamps[p], *found]
+        atomic_write(store, lambda p: p.write_text(json.dumps(known)))
+    return {f: Inspected(*known[p][1:]) for f, p in paths.items()}
+
+
+def open_all(parts, data_dir, progress, advice, listed=False):
+    """Open every file of a set once, before anything is computed from its pictures.
+
+    parts: {name of a part: list of files}; listed: whether a list says that they are pictures ->
+    {file: Inspected}, the ranges of read_image for the whole set, and notes, a text. UserError:
+    names the files that should be pictures and cannot be read, all at once.
+    """
+    found = _inspect_all([f for part in parts.values() for f in part], data_dir, progress)
+    bad = [f"{printable(str(f))} ({x.broken or 'no picture'})" for f, x in found.items()
+           if x.broken or (listed and x.other)]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(found)} files: not a readable image: "
+                        f"{', '.join(bad[:10])}{', ...' if len(bad) > 10 else ''}; {advice}")
+    ranges, notes = {}, []
+    for kind in ("whole", "float", "colour"):
+        deep = [x for x in found.values() if x.kind == kind]
+        if not deep:
+            continue
+        low, high = min(x.low for x in deep), max(x.high for x in deep)
+        if kind == "colour" and high < 64:
+            raise UserError(
+                f"{len(deep)} files have 16 bits a colour and use 14 of them at most; Pillow keeps "
+                "the upper 8, and they would be nearly black: save them with 8 bits")
+        ranges[kind] = black, white = grey_range(kind, low, high)
+        what = f"{int(white).bit_length()} bits a pixel" if kind == "whole" and low >= 0 else \
+            "16 bits a colour" if kind == "colour" else f"values of {black:g} to {white:g}"
+        notes.append(f"{len(deep)} with {what} scaled to 8 bits")
+    seen = {}
+    for name, part in parts.items():
+        if listed and len(set(part)) < len(part):
+            notes.append(f"files listed twice in {name}: {len(part) - len(set(part))}")
+        digests = [found[f].digest for f in part if found[f].digest]
+        for other, there in seen.items():
+            if copies := sum(d in there for d in digests):
+                notes.append(f"files of {name} that are in {other}, too: {copies}")
+        seen[name] = set(digests)
+    return found, ranges, "".join(f"; {note}" for note in notes)
+
+
+def open_listed(parts, data_dir, progress, advice="put what the lists name there anew"):
+    """open_all of {part: Images} -> the Images, which know their ranges now, and notes."""
+    lists = {k: p.source for k, p in parts.items() if not isinstance(p.source, np.ndarray)}
+    if not lists:
+        return list(parts.values()), ""
+    _, ranges, notes = open_all(lists, data_dir, progress, advice, listed=True)
+    return [Images(part.source, ranges) for part in parts.values()], notes
 
 
 class ImagePool(Dataset):
@@ -1629,7 +2030,8 @@ def split_for_pretraining(images, share, rng):
 class Splits:
     """A classification task in three parts, each a pair of Images and (N,) int64 labels.
 
-    family: "vtab", "fgvc", "folder", "cifar100" or "planted"; it decides the transforms.
+    family: "vtab", "fgvc", "folder", "cifar100" or "planted"; it decides the transforms. said: what
+    was found and left out, for people.
     """
     name: str
     family: str
@@ -1637,11 +2039,19 @@ class Splits:
     train: tuple
     val: tuple
     test: tuple
+    said: str = ""
 
     def train_and_val(self):
         """Both, for the final run of a protocol that has chosen its settings."""
         (a, y), (b, z) = self.train, self.val
         return Images.concat(a, b), np.concatenate([y, z])
+
+    def source(self):
+        """What Run.source wants to know of them: a line for people, and all that was read."""
+        sizes = [len(labels) for _, labels in (self.train, self.val, self.test)]
+        found = self.said or f"{self.name}, {self.num_classes} classes"
+        return (found + "; used {} to train, {} to validate, {} to test".format(*sizes),
+                [(x.listing(), labels) for x, labels in (self.train, self.val, self.test)])
 
 
 VTAB_GROUPS = {
@@ -1662,22 +2072,35 @@ FGVC_SETS = {
 TRANSFER_SETS = [*(f"vtab-{t}" for t in VTAB_TASKS), *(f"fgvc-{n}" for n in FGVC_SETS), "cifar100"]
 
 
-def load_splits(name, data_dir, seed=0):
+def load_splits(name, data_dir, seed=0, progress=lambda items, *_, **__: items):
     """The Splits of one of TRANSFER_SETS or "folder:PATH".
 
     seed: which 1,000 of CIFAR-100's training images are drawn (800 and 200, the rest is not used),
-    and which fifth of a folder's training images is the validation part. UserError if files are
-    missing (the message says what to put where).
+    and which fifth of a folder's training images is the validation part, if it brings none. All
+    files are opened once (open_all). UserError if files are missing (the message says what to put
+    where) or damaged.
     """
     data_dir, family = Path(data_dir), name.partition("-")[0]
-    if name in TRANSFER_SETS and family == "vtab":
-        return _vtab_task(name.partition("-")[2], data_dir / "vtab-1k")
-    if name in TRANSFER_SETS and family == "fgvc":
-        return _fgvc_set(name.partition("-")[2], data_dir / "fgvc")
+    if name in TRANSFER_SETS and family in ("vtab", "fgvc"):
+        read, folder = (_vtab_task, "vtab-1k") if family == "vtab" else (_fgvc_set, "fgvc")
+        splits = read(name.partition("-")[2], data_dir / folder)
+        parts = {part: getattr(splits, part)[0] for part in ("train", "val", "test")}
+        opened, notes = open_listed(parts, data_dir, progress)
+        parts = {part: (images, getattr(splits, part)[1])
+                 for part, images in zip(parts, opened, strict=True)}
+        there = len(np.unique(splits.train[1]))
+        some = f", {there} of them in its lists" if there < splits.num_classes else ""
+        return replace(splits, **parts, said=f"{name}, {splits.num_classes} classes{some}{notes}")
     if name != "cifar100" and not name.startswith("folder:"):
         raise UserError(f"unknown data set {name!r}; there are {', '.join(TRANSFER_SETS)} and "
                         "folder:PATH")
-    images = load_images(name, data_dir)
+    if name == "cifar100":
+        images = load_images(name, data_dir)
+    else:
+        images = _folder_set(user_path(name.partition(":")[2]), data_dir, progress, validation=True)
+    if images.val:
+        return Splits(name, "folder", images.num_classes, (images.train, images.train_labels),
+                      images.val, (images.test, images.test_labels), images.said)
     order = numpy_generator(seed, "splits", name).permutation(len(images.train_labels))
     cut = 800 if name == "cifar100" else int(.8 * len(order))
     if not 0 < cut < len(order):
@@ -1685,7 +2108,7 @@ def load_splits(name, data_dir, seed=0):
     parts = [(images.train.subset(part), images.train_labels[part])
              for part in (order[:cut], order[cut:1000] if name == "cifar100" else order[cut:])]
     return Splits(name, name.partition(":")[0], images.num_classes, *parts,
-                  (images.test, images.test_labels))
+                  (images.test, images.test_labels), images.said)
 
 
 def _vtab_task(task, root):
@@ -1698,9 +2121,9 @@ def _vtab_task(task, root):
                 f"{path} is missing; get the VTAB-1k folders that NOAH, SSF and RepAdapter share "
                 f"(vtab-1k.zip) and unpack them so that {root / task} holds train800.txt, "
                 "val200.txt, test.txt and images/")
-        files, labels = read_list_file(path, root / task)
+        files, labels = read_list_file(path, root / task, VTAB_TASKS[task])
         parts.append((Images(files), labels))
-    return _checked_splits(f"vtab-{task}", VTAB_TASKS[task], parts, root / task)
+    return Splits(f"vtab-{task}", "vtab", VTAB_TASKS[task], *parts)
 
 
 def _fgvc_set(name, root):
@@ -1713,28 +2136,32 @@ def _fgvc_set(name, root):
             raise UserError(
                 f"{path} is missing; put the images of {folder} into {root / folder / images} and "
                 "the train.json, val.json and test.json that VPT (KMnP/vpt) publishes beside them")
-        try:
-            lists.append({str(file): int(c) for file, c in json.loads(path.read_text()).items()})
-        except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{path}: expected one JSON object {{image: class}}") from None
-        first = root / folder / images / next(iter(lists[-1]), "")
-        if not first.is_file():
-            raise UserError(f"{path} names {first}, which does not exist; put the images there")
-    number = {c: i for i, c in enumerate(sorted(set(lists[0].values())))}  # some count from 1
-    unknown = {c for part in lists for c in part.values()} - set(number)
+        lists.append(_read_fgvc(path))
+    number = {c: i for i, c in enumerate(sorted({c for _, c in lists[0]}))}  # some count from 1
+    if len(number) > classes:
+        raise UserError(f"{root / folder}/train.json has {len(number)} classes, but {name} has "
+                        f"{classes}")
+    unknown = {c: file for part in lists for file, c in part if c not in number}
     if unknown:
-        raise UserError(f"{root / folder}: class {min(unknown)} has no training image")
-    parts = [(Images([root / folder / images / file for file in part]),
-              np.array([number[c] for c in part.values()], dtype=np.int64)) for part in lists]
-    return _checked_splits(f"fgvc-{name}", classes, parts, root / folder)
+        c = min(unknown)
+        raise UserError(f"{root / folder}: class {c} ({printable(unknown[c])}) has no training "
+                        "image")
+    parts = [(Images([_listed_file(root / folder / images, file) for file, _ in part]),
+              np.array([number[c] for _, c in part], dtype=np.int64)) for part in lists]
+    return Splits(f"fgvc-{name}", "fgvc", classes, *parts)
 
 
-def _checked_splits(name, classes, parts, root):
-    """Splits whose labels fit the number of classes; UserError otherwise."""
-    largest = max(labels.max() for _, labels in parts)
-    if largest >= classes:
-        raise UserError(f"{root}: label {largest} is too large for the {classes} classes of {name}")
-    return Splits(name, name.partition("-")[0], classes, *parts)
+def _read_fgvc(path):
+    """A JSON object {image: class >= 0} as pairs: an image that is there twice is kept twice."""
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        pairs = [(str(file), int(c)) for file, c in pairs]
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path}: expected one JSON object {{image: class}}") from None
+    negative = [f"{printable(file)}: {c}" for file, c in pairs if c < 0]
+    if negative or not pairs:
+        raise UserError(f"{path}: {'class below 0: ' + negative[0] if negative else 'is empty'}")
+    return pairs
 
 
 def transfer_transforms(family, size, mean, std):
@@ -2010,8 +2437,8 @@ def encode_once(clip, pool, device, cache_dir, progress=lambda items, *_, **__: 
         made_of = source.tobytes()
     else:
         stats = [Path(p).stat() for p in source]
-        made_of = repr([(str(p), s.st_size, s.st_mtime_ns)
-                        for p, s in zip(source, stats, strict=True)]).encode()
+        made_of = repr([pool.images.ranges, *((str(p), s.st_size, s.st_mtime_ns)
+                        for p, s in zip(source, stats, strict=True))]).encode()
     weights = [p.double().sum().item() for p in clip.visual.state_dict().values()]
     key = cache_key(
         hashlib.blake2b(made_of).hexdigest(), weights, repr(pool.transform), device.type)
@@ -2192,6 +2619,9 @@ def check_federation(args):
             "--model tiny is pre-trained on the spot and needs --dataset shapes-lt or folder:PATH")
     if args.model == "tiny" and args.weights:
         raise UserError("--weights goes with an open_clip --model NAME, not with tiny")
+    if name in LONG_TAILED_SETS and (args.imbalance or args.n_max):
+        raise UserError(f"--dataset {args.dataset} comes with its own long tail: --imbalance and "
+                        "--n-max do not apply")
 
 
 def load_federation(args, run, official_cifar=False):
@@ -2203,17 +2633,24 @@ def load_federation(args, run, official_cifar=False):
     """
     name, tiny, pretraining = image_set_name(args.dataset), args.model == "tiny", None
     with run.rank_zero_first():  # it may download
-        images = load_images(name, args.data_dir, args.seed)
+        images = found = load_images(name, args.data_dir, args.seed, run.progress)
     if tiny and name == "shapes":
         pretraining = shapes_pretraining(args.seed)
     elif tiny:
         rng = numpy_generator(args.seed, "pretrain-share")
         *pretraining, images = split_for_pretraining(images, args.pretrain_share, rng)
+    whole = images
     images = long_tailed(images, args.imbalance, args.n_max, args.class_order, args.seed)
-    clients = federated_clients(images, images.train_labels, args.clients, args.beta,
-                                numpy_generator(args.seed, "partition"))
+    if args.clients:
+        clients = federated_clients(images, images.train_labels, args.clients, args.beta,
+                                    numpy_generator(args.seed, "partition"))
+    else:
+        clients = clients_that_fit(images, args.beta, args.seed)
     rule = args.groups or ("thirds" if images.num_classes < 30 else "100,20")
     counts = np.bincount(images.train_labels, minlength=images.num_classes)
+    run.source("pictures", federation_said(found, whole, images, clients, args.clients),
+               [found.train.listing(), found.test.listing(), found.train_labels, found.test_labels,
+                found.class_names, clients])
     groups = frequency_groups(counts, group_rule(rule))
 
     with run.rank_zero_first():  # it may download, or pre-train
@@ -2234,6 +2671,27 @@ def load_federation(args, run, official_cifar=False):
         [tuple(torch.as_tensor(part, device=run.device) for part in pair) for pair in clients],
         torch.arange(len(images.train_labels), len(labels), device=run.device), groups,
         images.class_names, images.template)
+
+
+def federation_said(found, whole, images, clients, asked):
+    """The line about pictures: what was found, set apart, kept by the long tail, and dealt out."""
+    def span(counts):
+        most, least = counts.max(), counts.min()
+        return f"{most}" if most == least else f"{most} to {least}"
+
+    before, after = (np.bincount(x.train_labels, minlength=x.num_classes) for x in (whole, images))
+    said = [found.said]
+    if len(found.train) > len(whole.train):
+        said.append(f"{len(found.train) - len(whole.train)} set apart to pre-train --model tiny")
+    if after.sum() < before.sum():
+        once = int(((after == 1) & (before > 1)).sum())
+        said.append(f"{after.sum()} of {before.sum()} kept by the long tail, {span(after)} a class "
+                    f"of {span(before)}" + (f", {once} classes with 1" if once else ""))
+    else:
+        said.append(f"all kept, {span(after)} a class"
+                    + (", a long tail already" if after.max() >= 10 * after.min() else ""))
+    few = " (20 do not fit)" if not asked and len(clients) < 20 else ""
+    return "; ".join([*said, f"{len(clients)} clients{few}"])
 
 
 def _federation_backbone(args, name, images, pretraining, run):

@@ -932,13 +932,15 @@ def build_parser():
     add = parser.group("data")
     add("--dataset", str, "shapes-lt", f"shapes-lt (the small world, default), {real}, or "
         "folder:PATH with train/<class>/* and test/<class>/*")
-    add("--imbalance", float, 100.0, "most over least frequent class (paper: 10, 50, 100)", low=1)
+    add("--imbalance", float, None, "most over least frequent class (paper: 10, 50, 100; default "
+        "100; a folder that has 10 or more is taken as it is)", low=1)
     add("--n-max", int, None, "images of the most frequent class (default: all it has)", low=1)
     add("--class-order", ["dataset", "random"], None, "which class is frequent: the set's order "
         "(paper; default) or drawn from the seed (default for folders)")
     add("--groups", str, None, "HIGH,LOW: many > HIGH >= med > LOW >= few training images, or "
         "thirds of the classes (default 100,20; thirds under 30 classes; small world 40,8)")
-    add("--clients", int, 20, "K (paper 20)", low=2)
+    add("--clients", int, None, "K (default 20, the paper's; fewer where a folder is too small)",
+        low=2)
     add("--beta", float, None, "Dirichlet concentration over clients, smaller = more skewed (paper "
         "0.1 to 5, default 1; with --model tiny 0.3)", above=0)
     add("--augment", bool, None, f"random crop and flip (default: as the authors, {augmented})")
@@ -995,6 +997,10 @@ def resolve(args):
         if small:
             common.fill_in(args, {"groups": "40,8"})
     common.fill_in(args, PAPER)
+    if not folder:  # what suits a folder is found when it is read
+        common.fill_in(args, {"clients": 20})
+        if name not in data.LONG_TAILED_SETS:
+            common.fill_in(args, {"imbalance": 100.0})
     args.method = ",".join(common.choose(args.method, METHODS))
     data.check_federation(args)
     return args

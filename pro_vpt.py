@@ -902,7 +902,10 @@ def build_task(args, run, dataset, stage):
                               run.progress)
         # UNSPECIFIED 5: the seed also draws the splits that no list fixes
         splits = data.planted(args.seed, vit, truth) if truth else \
-            data.load_splits(dataset, args.data_dir, args.seed)
+            data.load_splits(dataset, args.data_dir, args.seed, run.progress)
+    name = f"pictures of {dataset}" if args.suite else "pictures"
+    if name not in run.sources:  # a search builds a task several times
+        run.source(name, *splits.source())
     return data.transfer_task(splits, vit, args.norm, stage == "val", args.workers, run.device,
                               truth)
 

@@ -105,7 +105,13 @@ def test_run_leaves_its_files_and_a_result_line(reference):
                                                   abs=1e-3)
     rows = [json.loads(row) for row in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["round"] for r in rows if r["method"] == "fedpurel"] == list(range(1, 41))
-    assert err == ""  # not a terminal: no progress bars
+    said = json.loads((folder / "result.json").read_text())["sources"]
+    assert said["pictures"] == (
+        "6 classes (colour 0, colour 1, colour 2, colour 3, ...), 144 training files in train/; "
+        "test: test/, 48 files; 72 set apart to pre-train --model tiny; 38 of 72 kept by the long "
+        "tail, 12 to 3 a class of 12; 4 clients")
+    # not a terminal: no progress bars
+    assert err == "".join(f"{name}: {line}\n" for name, line in said.items())
     assert json.loads((folder / "config.json").read_text())["settings"]["rounds"] == 40
 
 
@@ -142,8 +148,9 @@ def test_ctrl_c_says_how_to_go_on(pictures, tmp_path):
     wait_for_rows(folder, 5, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
-    lines = err.strip().splitlines()
-    assert len(lines) == 1 and "--resume" in lines[0] and str(folder) in lines[0]
+    *said, last = err.strip().splitlines()
+    assert "--resume" in last and str(folder) in last
+    assert said[0].startswith("pictures: ") and not any("--resume" in line for line in said)
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["script"].startswith("fedpurel")
 
 
@@ -281,6 +288,58 @@ def federation(root, *words):
         "--clients", "2", "--imbalance", "1", *map(str, words)]))
     with common.Run(args, "federation") as run:
         return fedpurel.build_federation(args, run)
+
+
+def test_a_folder_that_changed_is_another_run(tmp_path):
+    """The flags are the same, the classes, files and clients are not."""
+    root = write_pictures(tmp_path / "own", train=6, test=3, classes=3)
+    words = ["--dataset", f"folder:{root}", "--peft", "adapter", "--imbalance", "1"]
+    known = {}
+
+    def build(before):
+        add_small_vit(tmp_path)
+        args = fedpurel.resolve(fedpurel.build_parser().parse_args([
+            "--model", "small-vit:random", "--data-dir", str(tmp_path), "--out-dir",
+            str(tmp_path / "out"), *words]))
+        with common.Run(args, "federation") as run:
+            run.saved_sources = before
+            world = fedpurel.build_federation(args, run)
+            known.update(run.sources)
+            return world
+
+    world = build({})
+    assert len(world.clients) == 6  # 20 do not fit where 9 images test, nor do 8
+    first = dict(known)
+    assert first["pictures"][0] == (
+        "3 classes (colour 0, colour 1, colour 2), 18 training files in train/; test: test/, 9 "
+        "files; all kept, 6 a class; 6 clients (20 do not fit)")
+    shutil.rmtree(tmp_path / "cache")  # nor does it matter whether anything was cached
+    build(first)
+    shutil.copytree(root / "test" / "colour_0", root / "test" / "new")
+    shutil.copytree(root / "train" / "colour_0", root / "train" / "new")
+    with pytest.raises(common.UserError, match="the pictures of this run were others: then 3"):
+        build(first)
+    shutil.rmtree(root / "test" / "new")
+    shutil.rmtree(root / "train" / "new")
+    (root / "train" / "colour_1" / "0.png").rename(root / "train" / "colour_2" / "x.png")
+    with pytest.raises(common.UserError, match="the pictures of this run were others"):
+        build(first)
+
+
+@pytest.mark.parametrize("words, tail, clients", [
+    ([], (100, None), 20), (["--imbalance", "7", "--n-max", "3", "--clients", "4"], (7, 3), 4)])
+def test_defaults_of_long_tail_and_clients(words, tail, clients):
+    def resolved(*words):
+        args = fedpurel.resolve(fedpurel.build_parser().parse_args(words))
+        return (args.imbalance, args.n_max), args.clients
+
+    assert resolved("--dataset", "cifar100-lt", *words) == (tail, clients)
+    if not words:  # what suits a folder, and a set with its own tail, is found when it is read
+        assert resolved("--dataset", "folder:x") == ((None, None), None)
+        assert resolved() == ((None, None), 20)
+    else:
+        with pytest.raises(common.UserError, match="comes with its own long tail"):
+            resolved("--dataset", "imagenet-lt", *words)
 
 
 def write_food101(root, _=None):
@@ -445,8 +504,9 @@ def test_bad_input_is_one_line(pictures, tmp_path, monkeypatch, capsys, flags, w
         pairs = [word for pair in base.items() for word in pair]
         common.run_cli(lambda: fedpurel.main([*pairs, *flags, *out]))
     assert stop.value.code == (3 if "finite" in words else 2)
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    err = capsys.readouterr().err.splitlines()
+    assert [line.startswith("pictures: ") for line in err[:-1]] in ([], [True])
+    assert words in err[-1] and err[-1].startswith("error: ")
     assert not Path("out/result.json").exists()
 
 

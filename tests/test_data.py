@@ -2,9 +2,11 @@
 import hashlib
 import json
 import pickle
+import shutil
 import socket
 import struct
 import tarfile
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import transforms
 
+import common
 import data
 from common import UserError
 
@@ -508,7 +511,7 @@ def list_pets(root):
 
 def halves(name, root, seed=0):
     """-> {file stem: label} of the training and the test part."""
-    images = data.load_images(name, root, seed)
+    images = data._named_set(name, root, seed)  # the pictures of these lists are not there
     parts = ((images.train, images.train_labels), (images.test, images.test_labels))
     found = [dict(zip((Path(f).stem for f in part.source), labels.tolist(), strict=True))
              for part, labels in parts]
@@ -670,7 +673,7 @@ def test_folder_with_train_and_test(tmp_path):
     picture(tmp_path / "zoo" / "train" / "red_panda" / "deeper" / "x.JPG")
     text(tmp_path / "zoo" / "train" / "red_panda" / "notes.txt", "not an image")
     (tmp_path / "zoo" / "train" / ".hidden").mkdir()
-    images = data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+    images = data.load_images(f"folder:{tmp_path / 'zoo'}", tmp_path)
     assert images.name == "zoo" and images.class_names == ["red panda", "sea lion"]
     assert images.template.format("cat") == "a photo of a cat."
     assert images.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
@@ -681,7 +684,7 @@ def test_folder_with_train_and_test(tmp_path):
 @pytest.mark.parametrize("inside", ["", "train"])
 def test_folder_without_test_holds_out_the_last_fifth_of_each_class(tmp_path, inside):
     tree(tmp_path / "zoo" / inside, cat=10, dog=5)
-    images = data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+    images = data.load_images(f"folder:{tmp_path / 'zoo'}", tmp_path)
     assert np.bincount(images.train_labels).tolist() == [8, 4]
     assert np.bincount(images.test_labels).tolist() == [2, 1]
     files = [*images.train.source, *images.test.source]
@@ -692,9 +695,9 @@ def test_folder_without_test_holds_out_the_last_fifth_of_each_class(tmp_path, in
 def test_folder_without_test_needs_no_more_images_than_its_message_asks_for(tmp_path):
     tree(tmp_path / "zoo", cat=1, dog=9)
     with pytest.raises(UserError, match="at least 2 images per class"):
-        data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+        data.load_images(f"folder:{tmp_path / 'zoo'}", tmp_path)
     tree(tmp_path / "zoo", cat=2)
-    images = data.load_images(f"folder:{tmp_path / 'zoo'}", "unused")
+    images = data.load_images(f"folder:{tmp_path / 'zoo'}", tmp_path)
     for labels in (images.train_labels, images.test_labels):
         assert np.bincount(labels, minlength=2).min() >= 1
 
@@ -715,6 +718,498 @@ def test_images_subset_and_concat_keep_order(tmp_path):
         assert len(shuffled) == 3 and len(both) == 4
         for i, j in enumerate([3, 0, 2, 1]):
             assert np.array_equal(np.asarray(both[i]), np.asarray(images[j]))
+
+
+# -- pictures of any kind ------------------------------------------------------------------------
+
+RAMP = np.array([[0.0, .5, 1.0]])
+
+
+def saved(path, image, **options):
+    """`image`, an array or a PIL image, in a file -> what Images reads there, (H, W, 3) ints."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(path, **options)
+    read = data.Images([path])[0]
+    assert read.mode == "RGB"
+    return np.asarray(read).astype(int)
+
+
+@pytest.mark.parametrize("name, values, wanted", [
+    ("16.png", (RAMP * 65535).astype(np.uint16), [0, 127, 255]),
+    ("little.tif", (RAMP * 65535).astype("<u2"), [0, 127, 255]),
+    ("big.tif", (RAMP * 65535).astype(">u2"), [0, 127, 255]),
+    ("12.tif", (RAMP * 4095).astype(np.uint16), [0, 127, 255]),
+    ("10.png", (RAMP * 1023).astype(np.uint16), [0, 127, 255]),
+    ("8.png", (RAMP * 255).astype(np.uint16), [0, 127, 255]),
+    ("dark.png", (RAMP * 40).astype(np.uint16), [0, 20, 40]),
+    ("32.tif", (RAMP * (2 ** 20 - 1)).astype(np.int32), [0, 127, 255]),
+    ("signed.tif", np.array([[-1000, 0, 1000]], dtype=np.int32), [0, 128, 255]),
+    ("unit.tif", RAMP.astype(np.float32), [0, 128, 255]),
+    ("half.tif", (RAMP / 2).astype(np.float32), [0, 64, 128]),
+    ("bytes.tif", (RAMP * 250).astype(np.float32), [0, 125, 250]),
+    ("any.tif", (RAMP * 4 - 2).astype(np.float32), [0, 128, 255]),
+    ("hole.tif", np.array([[np.nan, .5, 1]], dtype=np.float32), [0, 128, 255]),
+    ("flat.tif", np.array([[7, 7, 7]], dtype=np.uint16), [7, 7, 7])], ids=lambda v: str(v)[:10])
+def test_black_stays_black_and_white_white_at_any_depth(name, values, wanted, tmp_path):
+    for channel in saved(tmp_path / name, values)[0].T:
+        assert np.abs(channel - wanted).max() <= 1
+
+
+def test_a_tiff_in_which_white_is_zero(tmp_path):
+    values = (RAMP * 65535).astype(np.uint16)
+    seen = saved(tmp_path / "a.tif", values, tiffinfo={262: 0})
+    assert np.abs(seen[0, :, 0] - [255, 127, 0]).max() <= 1
+
+
+def palette(**info):
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.info.update(info)
+    return image
+
+
+RED = [[255, 0, 0]]
+
+
+@pytest.mark.parametrize("name, image, wanted", [
+    ("a.png", Image.new("RGBA", (1, 1), (255, 0, 0, 0)), [[255, 255, 255]]),
+    ("b.png", Image.new("RGBA", (1, 1), (255, 0, 0, 128)), [[255, 127, 127]]),
+    ("c.webp", Image.new("RGBA", (1, 1), (0, 0, 0, 0)), [[255, 255, 255]]),
+    ("d.png", Image.new("LA", (1, 1), (0, 0)), [[255, 255, 255]]),
+    ("e.png", palette(transparency=1), [[255, 0, 0], [255, 255, 255], [0, 0, 255]]),
+    ("f.png", palette(transparency=bytes([0, 255, 51])),
+     [[255, 255, 255], [0, 255, 0], [204, 204, 255]]),
+    ("g.gif", palette(transparency=2), [[255, 0, 0], [0, 255, 0], [255, 255, 255]]),
+    ("h.png", palette(), [[255, 0, 0], [0, 255, 0], [0, 0, 255]]),
+    ("i.tif", Image.new("CMYK", (1, 1), (0, 255, 255, 0)), RED),
+    ("j.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), RED * 8),
+    ("k.tif", Image.new("RGB", (8, 8), (255, 0, 0)).convert("YCbCr"), [[254, 0, 0]] * 8),
+    ("l.png", Image.new("1", (1, 1), 1), [[255, 255, 255]]),
+    ("m.png", Image.new("L", (3, 1), 9), [[9, 9, 9]] * 3),
+    ("n.tif", Image.new("RGB", (1, 1), "red").convert("LAB"), [[251, 5, 4]])],
+    ids=lambda v: v if isinstance(v, str) else "")
+def test_transparent_is_white_and_every_colour_model_is_rgb(name, image, wanted, tmp_path):
+    assert np.abs(saved(tmp_path / name, image)[0] - wanted).max() <= 1
+
+
+def test_a_png_whose_one_grey_or_colour_is_transparent(tmp_path):
+    grey, colour = Image.new("L", (2, 1), 9), Image.new("RGB", (2, 1), "red")
+    grey.putpixel((0, 0), 7)
+    colour.putpixel((0, 0), (1, 2, 3))
+    assert saved(tmp_path / "l.png", grey, transparency=7)[0, :, 0].tolist() == [255, 9]
+    assert saved(tmp_path / "rgb.png", colour, transparency=(1, 2, 3))[0].tolist() == [
+        [255, 255, 255], [255, 0, 0]]
+
+
+# where the corner that is stored first (row 0, column 0) belongs: (row, column) of a viewer's
+CORNERS = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1),
+           8: (-1, 0)}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", CORNERS)
+def test_pictures_are_upright_as_a_viewer_shows_them(suffix, orientation, tmp_path):
+    pixels = np.full((16, 32, 3), 255, dtype=np.uint8)
+    pixels[:8, :8] = 0
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = saved(tmp_path / f"a.{suffix}", pixels, exif=exif)
+    assert seen.shape == ((32, 16, 3) if orientation > 4 else (16, 32, 3))
+    dark = [corner for corner in [(0, 0), (0, -1), (-1, 0), (-1, -1)] if seen[corner].max() < 50]
+    assert dark == [CORNERS[orientation]]
+
+
+def test_the_first_frame_counts_and_damaged_exif_does_not(tmp_path):
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    assert saved(tmp_path / "a.gif", frames[0], save_all=True,
+                 append_images=frames[1:])[0, 0].tolist() == [255, 0, 0]
+    assert saved(tmp_path / "a.jpg", frames[0], exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09").shape[0] == 4
+
+
+def test_one_range_for_the_whole_set(tmp_path):
+    """A dark test part stays dark: what is 100 in training is as grey in a file up to 100."""
+    for part, top in (("train", 4000), ("test", 100)):
+        for c in "ab":
+            for i in range(2):
+                path = tmp_path / "x" / part / c / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.array([[i, 100, top]], dtype=np.uint16)).save(path)
+    picture(tmp_path / "x" / "train" / "a" / "plain.png", 100)
+    images = data.load_images(f"folder:{tmp_path / 'x'}", tmp_path)
+    for part in (images.train.subset([0, 1]), images.test, data.Images.concat(images.test,
+                                                                              images.train)):
+        assert np.asarray(part[0])[0, 1].tolist() == [6, 6, 6]  # 100 / 4095 * 255
+    assert np.asarray(images.train[2])[0, 0].tolist() == [100] * 3
+    assert "; 8 with 12 bits a pixel scaled to 8 bits" in images.said
+    splits = data.load_splits(f"folder:{tmp_path / 'x'}", tmp_path)
+    assert np.asarray(splits.test[0][0])[0, 1, 0] == 6
+
+
+def test_colours_of_16_bits_that_are_nearly_all_black_are_refused(tmp_path):
+    def colours(path, top):  # Pillow writes none
+        rows = b"".join(b"\0" + struct.pack(">3H", *[top] * 3) * 2 for _ in range(2))
+        size = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b))
+            for k, b in ((b"IHDR", size), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))))
+
+    tree(tmp_path / "x", a=5, b=5)
+    colours(tmp_path / "x" / "a" / "z.png", 4095)
+    with pytest.raises(UserError, match="1 files have 16 bits a colour and use 14"):
+        data.load_images(f"folder:{tmp_path / 'x'}", tmp_path)
+    colours(tmp_path / "x" / "a" / "z.png", 65535)
+    images = data.load_images(f"folder:{tmp_path / 'x'}", tmp_path)
+    assert "1 with 16 bits a colour scaled to 8 bits" in images.said
+    assert np.asarray(data.Images([tmp_path / "x" / "a" / "z.png"])[0]).min() == 255
+
+
+# -- folders of any kind -------------------------------------------------------------------------
+
+
+def loaded(root):
+    return data.load_images(f"folder:{root}", root.parent)
+
+
+def names(images):
+    return [Path(f).name for f in images.source]
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("x.jfif", "JPEG"), ("x.gif", "GIF"), ("x.avif", "AVIF"), ("x.webp", "WEBP"), ("x", "JPEG"),
+    ("X.JPG", "JPEG"), ("x.txt", "PNG"), ("x.jpg", "PNG"), ("x.tga", "TGA"), ("x.jp2", "JPEG2000")])
+def test_a_picture_is_one_by_what_is_in_it(name, kind, tmp_path):
+    tree(tmp_path / "zoo", cat=5, dog=5)
+    Image.new("RGB", (8, 8)).save(tmp_path / "zoo" / "cat" / name, kind)
+    assert name in names(loaded(tmp_path / "zoo").train) + names(loaded(tmp_path / "zoo").test)
+
+
+def test_files_that_are_no_pictures_or_hidden_are_left_out_and_counted(tmp_path):
+    root = tmp_path / "zoo"
+    for part in ("train", "test"):
+        tree(root / part, cat=4, dog=4)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    for path, content in {
+            "train/cat/a.xml": b"<a/>", "train/cat/b.csv": b"1,2", "train/cat/c.csv": b"",
+            "train/cat/IMG.HEIC": heic, "train/dog/really.jpg": heic, "train/dog/x.svg": b"<svg/>",
+            "train/dog/e": b"", "train/dog/._0.png": b"\0\5\26\7", "train/dog/Thumbs.db": b"x",
+            "train/.DS_Store": b"", "train/@eaDir/0.png": b"x", "test/__MACOSX/._x": b"x",
+            "train/cat/.ipynb_checkpoints/0.png": b"x", "test/dog/model.bin": bytes(999),
+            "train/notes.txt": b"x"}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    picture(root / "train" / "loose.png")
+    images = loaded(root)
+    assert images.class_names == ["cat", "dog"]
+    assert names(images.train) == names(images.test) == [f"{i}.png" for i in range(4)] * 2
+    assert images.said.split("; ") == [
+        "2 classes (cat, dog), 8 training files in train/ (13 left out: 5 hidden, 2 .heic that "
+        "Pillow cannot read, 2 .csv, 1 outside the class folders, 1 .xml, 1 without suffix, "
+        "1 .svg that Pillow cannot read)",
+        "test: test/, 8 files (2 left out: 1 hidden, 1 .bin)",
+        "files of test that are in train, too: 8"]
+
+
+def test_all_broken_pictures_are_named_at_once_before_anything_is_read(tmp_path):
+    tree(tmp_path / "zoo", cat=5, dog=5)
+    whole = (tmp_path / "zoo" / "cat" / "4.png").read_bytes()
+    for i in range(12):
+        (tmp_path / "zoo" / "cat" / f"cut{i:02d}.png").write_bytes(whole[:50])
+    for name, content in (("empty.jpg", b""), ("page.jpeg", b"<html>404</html>"),
+                          ("cut", b"\xff\xd8\xff\xe0\0\x10JFIF")):
+        (tmp_path / "zoo" / "dog" / name).write_bytes(content)
+    (tmp_path / "zoo" / "dog" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path / "zoo")
+    message = str(caught.value)
+    assert message.startswith("16 of 26 files: not a readable image: ")
+    assert all(f"cut{i:02d}.png (" in message for i in range(10)) and "cut10" not in message
+    for i in range(12):
+        (tmp_path / "zoo" / "cat" / f"cut{i:02d}.png").unlink()
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path / "zoo")
+    for piece in ("4 of 14", "/cut (", "empty.jpg (empty)", "page.jpeg (no picture inside)",
+                  "gone.png (does not exist)"):
+        assert piece in str(caught.value)
+
+
+def test_a_file_that_may_not_be_opened_is_broken(tmp_path, monkeypatch):
+    tree(tmp_path, a=1)
+    known, path = open, tmp_path / "a" / "0.png"
+
+    def closed(name, *words):
+        if name == path:
+            raise PermissionError(13, "Permission denied")
+        return known(name, *words)
+    monkeypatch.setattr("builtins.open", closed)
+    assert data._inspect(path).broken == "Permission denied"
+
+
+def test_what_pillow_warns_of_is_not_said(tmp_path, recwarn, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # 80 pixels warn, 160 would be refused
+    tree(tmp_path / "zoo", cat=5, dog=5)
+    warnings.filterwarnings("ignore", module="PIL")  # as data.py does; pytest sets its own
+    assert len(loaded(tmp_path / "zoo").train) == 8 and not recwarn.list
+    with pytest.raises(UserError, match=r"10 of 10 files.*exceeds limit of 60 pixels"):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+        shutil.rmtree(tmp_path / "cache")
+        loaded(tmp_path / "zoo")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    tree(tmp_path / "store", wolf=5)
+    tree(tmp_path / "zoo", cat=5)
+    (tmp_path / "zoo" / "dog").symlink_to(tmp_path / "store" / "wolf")
+    (tmp_path / "zoo" / "cat" / "back").symlink_to(tmp_path / "zoo" / "cat")
+    (tmp_path / "zoo" / "cat" / "9.png").symlink_to(tmp_path / "zoo" / "cat" / "0.png")
+    images = loaded(tmp_path / "zoo")
+    assert images.class_names == ["cat", "dog"]
+    assert np.bincount([*images.train_labels, *images.test_labels]).tolist() == [6, 5]
+    assert "(1 left out: 1 link in a circle)" in images.said
+    (tmp_path / "zoo" / "cow").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="zoo/cow: a link to what does not exist"):
+        loaded(tmp_path / "zoo")
+
+
+def test_a_folder_that_is_called_like_a_picture_is_a_folder(tmp_path):
+    tree(tmp_path / "zoo", **{"cat.png": 5, "dog.png/0.jpg": 5})
+    images = loaded(tmp_path / "zoo")
+    assert images.class_names == ["cat.png", "dog.png"] and len(images.train) == 8
+
+
+def test_what_was_opened_is_not_opened_again(tmp_path, monkeypatch):
+    tree(tmp_path / "zoo", cat=5, dog=5)
+    looked, inspect = [], data._inspect
+    monkeypatch.setattr(data, "_inspect", lambda p: looked.append(Path(p).name) or inspect(p))
+    monkeypatch.setattr(data.inspect, "getsource", lambda f: "")
+    first = loaded(tmp_path / "zoo")
+    assert sorted(looked) == sorted([f"{i}.png" for i in range(5)] * 2)
+    looked.clear()
+    assert loaded(tmp_path / "zoo").said == first.said and not looked
+    picture(tmp_path / "zoo" / "dog" / "new.png")
+    (tmp_path / "zoo" / "cat" / "0.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"1 of 11 files.*cat/0.png"):
+        loaded(tmp_path / "zoo")
+    assert sorted(looked) == ["0.png", "new.png"]
+    next((tmp_path / "cache").glob("pictures-*.json")).write_text("{")  # as after a full disk
+    picture(tmp_path / "zoo" / "cat" / "0.png")
+    assert len(loaded(tmp_path / "zoo").train) == 8
+
+
+@pytest.mark.parametrize("train, test", [
+    ("Train", "Test"), ("Training", "Testing"), ("seg_train", "seg_test"), ("TRAIN", "VAL"),
+    ("training_set", "test_set"), ("train", "val"), ("train2017", "dev2017"), ("train", "valid"),
+    ("training", "Evaluation"), ("TrainImages", "TestImages"), ("asl_train", "asl_test")])
+@pytest.mark.parametrize("around", ["", "archive", "archive/data"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_parts_go_by_any_usual_name(train, test, around, inside, tmp_path):
+    for part, n in ((train, 3), (test, 2)):
+        tree(tmp_path / "zoo" / around / part / (part * inside), cat=n, dog=n)
+    images = loaded(tmp_path / "zoo")
+    assert images.class_names == ["cat", "dog"]
+    for labels, n, files, part in ((images.train_labels, 3, images.train, train),
+                                   (images.test_labels, 2, images.test, test)):
+        assert labels.tolist() == [0] * n + [1] * n
+        assert all(part in Path(f).parts for f in files.source)
+    assert f"test: {Path(around, test, test * inside)}/, 4 files" in images.said
+
+
+def test_the_users_validation_part_is_used_and_never_cut_anew(tmp_path):
+    for part, n in (("train", 5), ("Validation", 3), ("test", 2)):
+        tree(tmp_path / "zoo" / part, cat=n, dog=n)
+    tree(tmp_path / "zoo" / "seg_pred", x=1)
+    images = loaded(tmp_path / "zoo")
+    assert (len(images.train), len(images.test), images.val) == (10, 4, None)
+    assert images.said.split("; ")[-2] == "left out: seg_pred/, Validation/"
+    splits = data.load_splits(f"folder:{tmp_path / 'zoo'}", tmp_path)
+    for (files, labels), part, n in ((splits.train, "train", 5), (splits.val, "Validation", 3),
+                                     (splits.test, "test", 2)):
+        assert labels.tolist() == [0] * n + [1] * n
+        assert {Path(f).parent.parent.name for f in files.source} == {part}
+    said, _ = splits.source()
+    assert "; validation: Validation/, 6 files; " in said and "left out: seg_pred/" in said
+    assert said.endswith("used 10 to train, 6 to validate, 4 to test")
+
+
+def test_a_class_may_be_called_like_a_part(tmp_path):
+    tree(tmp_path / "zoo", bus=5, car=5, train=5)
+    assert loaded(tmp_path / "zoo").class_names == ["bus", "car", "train"]
+    tree(tmp_path / "stops", **{"train station": 5, "test tube": 5, "car": 5})
+    assert loaded(tmp_path / "stops").class_names == ["car", "test tube", "train station"]
+
+
+@pytest.mark.parametrize("made, wanted", [
+    (["train/a", "train/b", "Training/a", "Training/b", "test/a", "test/b"],
+     ["Training/ and train/", "the train part"]),
+    (["train/a", "train/b", "val/a", "val/b", "valid/a"], ["val/ and valid/", "the val part"]),
+    (["train/a", "train/b", "extra"], ["train/ holds class folders", "extra/"]),
+    (["val/a", "val/b"], ["val/ but no train/"]),
+    (["train", "test"], ["train has 0 class folders and 3 images", "folder of an image is its"]),
+    (["train", "test", "extra"], ["train has 0 class folders and 3 images"]),
+    (["."], ["0 class folders and 3 images"]),
+    (["train/a", "train/b", "test/a", "test/b/b"], ["test/b holds no images", "1 .txt"]),
+    (["train/Cat", "train/cat", "test/CAT", "test/dog"], ["same classes", "CAT, Cat, cat, dog"])])
+def test_trees_that_could_mean_two_things_are_refused_in_words(made, wanted, tmp_path):
+    root = tmp_path / "zoo"
+    for folder in made:
+        for i in range(3):
+            picture(root / folder / f"{i}.png")
+    if "test/b/b" in made:
+        for file in (root / "test" / "b" / "b").iterdir():
+            file.unlink()
+        text(root / "test" / "b" / "list.txt", "x")
+    with pytest.raises(UserError) as caught:
+        loaded(root)
+    for piece in wanted:
+        assert piece in str(caught.value)
+
+
+def test_one_class_may_be_written_in_two_ways(tmp_path):
+    tree(tmp_path / "zoo" / "train", **{"caf\u00e9": 3, "Dog": 3, "cow": 3})
+    tree(tmp_path / "zoo" / "test", **{"cafe\u0301": 2, "dog": 1, "COW": 1})
+    images = loaded(tmp_path / "zoo")
+    assert images.class_names == ["Dog", "caf\u00e9", "cow"]
+    assert [Path(f).parent.name for f in images.test.source] == ["dog", "cafe\u0301", "cafe\u0301",
+                                                                 "COW"]
+    assert images.test_labels.tolist() == [0, 1, 1, 2]
+    tree(tmp_path / "zoo" / "train", **{"cafe\u0301": 1})
+    with pytest.raises(UserError, match="each under one name"):
+        loaded(tmp_path / "zoo")
+
+
+@pytest.mark.parametrize("folders, captions", [
+    (["-1", "0", "1"], ["-1", "0", "1"]), (["A", "A-"], ["A", "A-"]),
+    (["Sea_Lion", "Sea-Lion", "red-fox"], ["Sea_Lion", "Sea-Lion", "red fox"]),
+    (["_", "red_fox"], ["_", "red fox"]), (["$5", "caf\udce9"], ["$5", "caf\u00e9"])])
+def test_captions_stay_as_many_as_the_classes(folders, captions):
+    assert data.class_captions(folders) == captions
+
+
+def test_names_that_are_not_utf8_and_a_home_directory(tmp_path, monkeypatch):
+    root = tmp_path / "f\udcfcr"
+    for part in ("train", "test"):
+        tree(root / part, **{"caf\udce9": 3, "dog": 3})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images = data.load_images("folder:~/f\udcfcr", tmp_path)
+    assert images.class_names == ["caf\u00e9", "dog"] and images.name == "f\u00fcr"
+    assert images.said.encode() and common.fingerprint(images.train.listing())
+    with pytest.raises(UserError) as caught:
+        data.load_images("folder:~/\udcfc", tmp_path)
+    assert str(caught.value).encode()
+    assert data.user_path("~/x") == tmp_path / "x" and data.user_path("~no-one/x").name == "x"
+
+
+@pytest.mark.parametrize("data_dir", ["data", "."])
+def test_what_runs_leave_in_a_folder_of_classes_is_no_class(data_dir, tmp_path, monkeypatch):
+    tree(tmp_path, cat=5, dog=5)
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "runs" / "fedpurel--1" / "figure.png")
+    for _ in range(2):  # the second finds the cache of the first
+        assert data.load_images("folder:.", data_dir).class_names == ["cat", "dog"]
+
+
+def test_a_checkpoint_knows_names_and_sizes_of_files_but_not_where_they_lie(tmp_path):
+    def known(root):
+        images = loaded(root)
+        return common.fingerprint([images.train.listing(), images.test.listing()])
+
+    tree(tmp_path / "one" / "zoo", cat=5, dog=5)
+    before = known(tmp_path / "one" / "zoo")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert known(tmp_path / "two" / "zoo") == before  # other times, another place
+    (tmp_path / "two" / "zoo" / "cat" / "0.png").rename(tmp_path / "two" / "zoo" / "cat" / "00.png")
+    assert known(tmp_path / "two" / "zoo") != before
+    tree(tmp_path / "one" / "zoo", aaa=5)
+    assert known(tmp_path / "one" / "zoo") != before
+
+
+# -- lists ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content, files", [
+    (b"\xef\xbb\xbfa/0.png 0\r\n\r\nb/1.png 1\r\n", ["a/0.png", "b/1.png"]),
+    (b"a\\0.png\t0\nb/1.png   1", ["a/0.png", "b/1.png"]),
+    ("a/0.png 0\nb/1.png 1\n".encode("utf-16"), ["a/0.png", "b/1.png"]),
+    (b"a/my cat.png 0\nb/caf\xe9.png 1\n", ["a/my cat.png", "b/caf\udce9.png"])])
+def test_list_files_as_other_systems_write_them(content, files, tmp_path):
+    (tmp_path / "list.txt").write_bytes(content)
+    found, labels = data.read_list_file(tmp_path / "list.txt", tmp_path, 2)
+    assert found == [tmp_path / f for f in files] and labels.tolist() == [0, 1]
+
+
+def test_a_backslash_in_a_name_stays_one_where_there_is_such_a_file(tmp_path):
+    picture(tmp_path / "a\\0.png")
+    text(tmp_path / "list.txt", "a\\0.png 0")
+    assert data.read_list_file(tmp_path / "list.txt", tmp_path, 1)[0] == [tmp_path / "a\\0.png"]
+
+
+@pytest.mark.parametrize("line, words", [
+    ("a.png -1", "line 2: label -1"), ("a.png 2", "line 2: label 2; the 2 classes are 0 to 1"),
+    ("a.png", "line 2: expected 'path label'"), ("a.png 1.0", "line 2: expected")])
+def test_a_wrong_label_is_named_by_its_line(line, words, tmp_path):
+    text(tmp_path / "list.txt", "a.png 0", line)
+    with pytest.raises(UserError, match=words):
+        data.read_list_file(tmp_path / "list.txt", tmp_path, 2)
+
+
+def test_files_that_are_listed_twice_or_in_two_parts_are_said(tmp_path):
+    write_lists(tmp_path / "places-lt", "Places", {
+        "train": ["data_256/a/airfield/1.jpg 0", "data_256/b/bar/2.jpg 1",
+                  "data_256/b/bar/2.jpg 1"], "test": ["val_256/1.jpg 1", "val_256/2.jpg 1"]})
+    path = tmp_path / "places-lt" / "Places_LT_test.txt"
+    path.write_text("val_256/2.jpg 0\ndata_256/a/airfield/1.jpg 0\n")
+    images = data.load_images("places", tmp_path)
+    assert images.said == ("places, 2 classes, 3 training and 2 test images; files listed twice in "
+                           "train: 1; files of test that are in train, too: 1")
+
+
+# -- long tails and clients of folders -----------------------------------------------------------
+
+
+def of_sizes(sizes, tests=6, **more):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    test = np.repeat(np.arange(len(sizes)), tests)
+    return data.ImageSet("own", [f"k{c}" for c in range(len(sizes))], data.PHOTO,
+                         data.Images(np.zeros((len(labels), 1, 1, 3), dtype=np.uint8)), labels,
+                         data.Images(np.zeros((len(test), 1, 1, 3), dtype=np.uint8)), test, **more)
+
+
+@pytest.mark.parametrize("sizes, imbalance, n_max, kept", [
+    ([100, 45, 20, 9, 4], None, None, [100, 45, 20, 9, 4]),  # long-tailed already: 25
+    ([100, 45, 20, 9, 4], 4, None, [100, 45, 20, 9, 4]),  # asked for, and milder than it is
+    ([100, 45, 20, 9, 4], 50, None, [100, 37, 14, 5, 2]),
+    ([100, 45, 20, 9, 4], None, 50, [50, 15, 5, 1, 1]),  # 50 / 100 is none: one stays
+    ([50] * 5, None, None, [50, 15, 5, 1, 1]), ([50] * 5, 1, None, [50] * 5),
+    ([90, 10], None, None, [90, 1]), ([100, 10], None, None, [100, 10])])
+def test_a_long_tail_is_made_only_where_there_is_none(sizes, imbalance, n_max, kept):
+    cut = data.long_tailed(of_sizes(sizes), imbalance, n_max, "dataset", 0)
+    assert np.bincount(cut.train_labels).tolist() == kept
+
+
+def test_what_a_cut_leaves_is_said():
+    whole = of_sizes([50] * 5, said="found")
+    cut = data.long_tailed(whole, None, None, "dataset", 0)
+    assert data.federation_said(whole, whole, cut, [0] * 20, None) == (
+        "found; 72 of 250 kept by the long tail, 50 to 1 a class of 50, 2 classes with 1; "
+        "20 clients")
+    own = of_sizes([100, 4], said="found")
+    assert data.federation_said(own, own, own, [0] * 8, None) == (
+        "found; all kept, 100 to 4 a class, a long tail already; 8 clients (20 do not fit)")
+
+
+@pytest.mark.parametrize("sizes, tests, wanted", [
+    ([100] * 10, 20, 20), ([12, 12, 12], 12, 20), ([12] * 3, 2, 6), ([2, 2], 1, 2)])
+def test_as_many_clients_as_a_set_can_serve(sizes, tests, wanted):
+    images = of_sizes(sizes, tests)
+    clients = data.clients_that_fit(images, 1.0, 0)
+    assert len(clients) <= wanted and (wanted > 6) == (len(clients) > 6)
+    assert all(len(a) and len(b) for a, b in clients)
+    same = data.federated_clients(images, images.train_labels, len(clients), 1.0,
+                                  common.numpy_generator(0, "partition"))
+    for pair, other in zip(clients, same, strict=True):  # as if the flag had been given
+        assert all(np.array_equal(a, b) for a, b in zip(pair, other, strict=True))
+    with pytest.raises(UserError, match="fewer --clients or a larger --beta"):
+        data.clients_that_fit(of_sizes([9, 9], [1, 0]), 1.0, 0)
 
 
 # -- bad input -----------------------------------------------------------------------------------
@@ -812,7 +1307,7 @@ def list_line_with_negative_label(root):
     write_imagenet(root, None)
     path = root / "imagenet-lt" / "ImageNet_LT_test.txt"
     text(path, "val/ILSVRC2012_val_00000001.JPEG -1")
-    return "imagenet", [path, "line 1", "'path label'"]
+    return "imagenet", [path, "line 1", "label -1", "0 to 999"]
 
 
 def list_file_empty(root):
@@ -832,8 +1327,9 @@ def list_file_not_text(root):
 def list_names_missing_image(root):
     write_places(root, None)
     path, gone = root / "places-lt" / "Places_LT_train.txt", "data_256/z/zoo/00000001.jpg"
-    text(path, f"{gone} 0")
-    return "places", [path, root / "places-lt" / gone, "does not exist"]
+    text(path, f"{gone} 0", *(f"data_256/z/{i}.jpg 2" for i in range(12)))
+    return "places", [root / "places-lt" / gone, "(does not exist)", "13 of 14 files",
+                      root / "places-lt" / "data_256/z/8.jpg", ", ...;"]
 
 
 def list_names_missing_image_later(root):
@@ -846,7 +1342,7 @@ def list_names_missing_image_later(root):
 def label_too_large(root):
     write_lists(root / "places-lt", "Places", {"train": ["data_256/a/airfield/1.jpg 0"],
                                                "test": ["val_256/1.jpg 1"]})
-    return "places", [root / "places-lt", "larger than the 1 classes"]
+    return "places", [root / "places-lt" / "Places_LT_test.txt", "line 1: label 1", "0 to 0"]
 
 
 def dog_list_damaged(root):

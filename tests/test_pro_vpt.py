@@ -713,6 +713,11 @@ def test_the_suite_prints_group_means_beside_the_papers(tmp_path, capsys):
     assert row.split()[2:] == [f"{v:.2f}" for v in [*means, np.mean(means)]]
     assert re.search(r"paper: PRO-VPT +83\.30 +86\.20 +64\.50 +78\.00", table)
     assert "JPEG" in table
+    said = result(tmp_path / "out")["sources"]
+    assert len([name for name in said if name.startswith("pictures of vtab-")]) == 19
+    assert said["pictures of vtab-sun397"] == (
+        "vtab-sun397, 397 classes, 3 of them in its lists; used 12 to train, 6 to validate, 8 to "
+        "test")
 
 
 class PowerCut(Exception):
@@ -794,6 +799,9 @@ def test_a_folder_of_pictures(tmp_path):
     pro_vpt.main([str(w) for w in words])
     splits = data.load_splits(f"folder:{tmp_path}/own", tmp_path, 0)
     assert [len(y) for _, y in (splits.train, splits.val, splits.test)] == [14, 4, 9]
+    assert result(tmp_path / "out")["sources"]["pictures"] == splits.source()[0] == (
+        "3 classes (tone 0, tone 1, tone 2), 18 training files in train/; test: test/, 9 files; "
+        "used 14 to train, 4 to validate, 9 to test")
     assert (tmp_path / "out" / "figure.png").exists()
 
 
@@ -818,7 +826,7 @@ def planted_task(cache):
     words = planted_words(cache, "--truth", "0,0,0,4,20,0", "--head-init", "linear")
     args = pro_vpt.read_arguments(list(map(str, words)))
     run = SimpleNamespace(rank_zero_first=NoRank, progress=lambda items, *_, **__: items,
-                          device=torch.device("cpu"))
+                          sources={}, source=lambda *_: None, device=torch.device("cpu"))
     return pro_vpt.build_task(args, run, "planted", "test"), args
 
 
@@ -892,7 +900,11 @@ def test_run_leaves_its_files_and_a_result_line(reference):
     folder, out, err = reference
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "log.jsonl", "checkpoint.pt", "result.json", "figure.png", "pro_vpt.py"}
-    assert err == "" and Image.open(folder / "figure.png").size[0] > 800
+    said = result(folder)["sources"]
+    assert said["pictures"] == ("vtab-kitti, 4 classes, 3 of them in its lists; used 12 to train, "
+                                "6 to validate, 8 to test")
+    assert err == "".join(f"{name}: {line}\n" for name, line in said.items())
+    assert Image.open(folder / "figure.png").size[0] > 800
     last = out.strip().splitlines()[-1]
     assert re.fullmatch(r"RESULT( \w+=\S+)+", last)
     line = dict(pair.split("=", 1) for pair in last.split()[1:])
@@ -1023,9 +1035,10 @@ def test_bad_input_is_one_line(cache, planted_task, tmp_path, monkeypatch, capsy
     if "vtab-dmlab" in flags or "fgvc-cub" in flags or "folder:/nowhere" in flags:
         folder += ["--model", save_vit(tmp_path / "vit")] if "tiny" not in flags else []
     code = exit_code(pro_vpt.main, [*folder, "--seed", "3", *flags, *out])
-    err = capsys.readouterr().err.strip()
+    err = capsys.readouterr().err.splitlines()
     assert code == (3 if "finite" in words else 2), err
-    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    assert [line.startswith("pictures: ") for line in err[:-1]] in ([], [True])
+    assert words in err[-1] and err[-1].startswith("error: ")
     assert not (tmp_path / "out" / "result.json").exists()
 
 
@@ -1062,9 +1075,35 @@ def test_a_damaged_tree_is_one_line(tmp_path, capsys, how, words):
     assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
 
 
+@pytest.mark.parametrize("kind", ["vtab", "fgvc"])
+def test_all_missing_files_of_a_list_are_named_at_once(kind, tmp_path):
+    name = "vtab-kitti" if kind == "vtab" else "fgvc-cub"
+    root = write_vtab(tmp_path, ["kitti"]) if kind == "vtab" else write_fgvc(tmp_path, "cub")
+    gone = sorted(root.rglob("*test_*.png" if kind == "fgvc" else "images/test/*.png"))[1:4]
+    for path in gone:
+        path.unlink()
+    with pytest.raises(common.UserError) as caught:
+        data.load_splits(name, tmp_path)
+    assert str(caught.value).startswith(f"3 of {26 if kind == 'vtab' else 18} files: not a read")
+    assert all(f"{path} (does not exist)" in str(caught.value) for path in gone)
+
+
+def test_what_is_odd_in_lists_is_said(tmp_path):
+    write_fgvc(tmp_path, "cub")
+    root = tmp_path / "fgvc" / "CUB_200_2011"
+    table = json.loads((root / "train.json").read_text())
+    pairs = [*table.items(), next(iter(table.items())), ("1/test_1.png", 2)]
+    text = ", ".join(f"{json.dumps(k).replace('/', chr(92) * 2)}: {v}" for k, v in pairs)
+    (root / "train.json").write_bytes(b"\xef\xbb\xbf{" + text.encode() + b"}")
+    splits = data.load_splits("fgvc-cub", tmp_path)
+    assert splits.train[1].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert splits.said == ("fgvc-cub, 200 classes, 3 of them in its lists; files listed twice "
+                           "in train: 1; files of test that are in train, too: 1")
+
+
 @pytest.mark.parametrize("table, words", [
     ("[1, 2]", "one JSON object"), ("{oops", "one JSON object"), ('{"a/b.png": 1}', "a/b.png"),
-    ("{}", "does not exist")])
+    ("{}", "is empty"), ('{"a/b.png": -1}', "a/b.png: -1")])
 def test_a_damaged_fgvc_list_is_one_line(tmp_path, table, words):
     write_fgvc(tmp_path, "cars")
     (tmp_path / "fgvc" / "StanfordCars" / "val.json").write_text(table)
