@@ -29,6 +29,7 @@ import re
 import runpy
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1903,7 +1904,9 @@ def _read_checkpoint(path, name):
             state = load_file(path)
         elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n
                                               in zipfile.ZipFile(path).namelist()):
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():  # torch would like such files to go
+                warnings.simplefilter("ignore")
+                state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip, pickle, runtime or safetensors error
@@ -2017,7 +2020,8 @@ class WordTokenizer:
         for row, text in zip(out, texts, strict=True):
             ids = [self.start, *(self.ids.get(w, 1) for w in self.words(text)), self.end]
             if len(ids) > longest:
-                raise UserError(f"the text {text!r} is longer than {longest} tokens")
+                raise UserError(f"the text {text!r} is longer than the tiny model's "
+                                f"{longest} tokens")
             row[:len(ids)] = torch.tensor(ids)
         return out
 
@@ -2201,6 +2205,12 @@ def load_federation(args, run, official_cifar=False, captions=()):
         if alike and name.startswith("folder:"):
             raise UserError(f"folder: the classes {'; '.join(alike[:3])} are one text to the "
                             "tokenizer of --model, so that nothing can tell them apart; rename one")
+    if args.peft == "prompt":  # what PromptLearner takes for granted of the last caption
+        words = tokens[:, 1:1 + args.n_ctx]
+        if (tokens[:, 0] != tokens[0, 0]).any() or (words != words[0, 0]).any():
+            raise UserError("--peft prompt needs a tokenizer like CLIP's, with a start of text and "
+                            "one token for X, but --model has a "
+                            f"{type(backbone.tokenizer).__name__}; try --peft adapter")
     if alike:  # ImageNet's "missile", say: what others report counts them, too
         run.warn(f"one text to the tokenizer of --model: the classes {'; '.join(alike[:3])}")
     run.source("model", f"{backbone.said}, {backbone.pixels}",

@@ -940,6 +940,7 @@ def main(argv=None, read=read_arguments, title="pro_vpt", parts=PARTS):
             run.save(state, job.key())
             run.say(f"{job.key()}: {found['accuracy']:.2f}%, "
                     f"{time.process_time() - began:.0f} CPU-s")
+        run.sources = {**run.saved_sources, **run.sources}  # of jobs that were done before, too
         report(args, run, state["done"], title, parts)
 
 

@@ -82,6 +82,11 @@ def exit_code(main, words):
     return stop.value.code
 
 
+def complaints(err):
+    """The lines of stderr that do not say what was read ("pictures: ..", "model: ..")."""
+    return [line for line in err.splitlines() if not re.match(r"(pictures|model): ", line)]
+
+
 def result(folder):
     """The content of a finished run's result.json."""
     return json.loads((Path(folder) / "result.json").read_text())
