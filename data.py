@@ -1561,7 +1561,7 @@ def vit_backbone(model, eps, seed, device, cache_dir):
     class token of such a model says less.
     """
     local = Path(model).is_dir()
-    if not local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+    if not local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise UserError(f"--model {model}: there is no such directory; expected one with "
                         "config.json and model.safetensors, or a hub id")
     seed_torch(seed, "unused weights of a checkpoint")
