@@ -14,7 +14,7 @@ Run
     python pro_vpt.py                                      the small world: 2 minutes, no download
     python pro_vpt.py --dataset vtab-cifar --search        one task by the paper's protocol
     python pro_vpt.py --suite vtab --method vpt-deep,pro-vpt      all 19, with the group means
-    python pro_vpt.py --dataset folder:PATH --model DIR --norm imagenet   your own pictures and ViT
+    python pro_vpt.py --dataset folder:PATH --model DIR    your own pictures, any plain ViT
 
 Paper map (the numbering is ours, in the order of the paper's method section)
     Eq. E1  nested objective   D* = argmin_D L(P*, D): relocation

@@ -1450,6 +1450,18 @@ def test_a_clip_in_a_directory_with_its_own_preprocessing(prefix, tmp_path):
     assert made.said == f"local-dir:{folder}, its weights"
 
 
+def test_a_clip_of_the_hub_in_a_warm_cache(tmp_path):
+    repository = tmp_path / "models--org--clip"
+    _, state = small_clip(repository / "snapshots" / "abc", pixels={"mean": [.5] * 3})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    made = load("hf-hub:org/clip", cache=tmp_path)
+    assert same(weights(made), state) and "mean .5" in made.pixels
+    assert made.tokenizer(["a"]).shape == (1, 20)
+    with pytest.raises(UserError, match=r"hf-hub:org/other .HF_HUB_OFFLINE is set"):
+        load("hf-hub:org/other", cache=tmp_path)
+
+
 def test_a_clip_of_oblong_pictures(tmp_path):
     folder, _ = small_clip(tmp_path / "clip", vision_cfg={"image_size": [16, 24]})
     made, photo = load(folder), Image.new("RGB", (60, 50))

@@ -84,7 +84,8 @@ def exit_code(main, words):
 
 def complaints(err):
     """The lines of stderr that do not say what was read ("pictures: ..", "model: ..")."""
-    return [line for line in err.splitlines() if not re.match(r"(pictures|model): ", line)]
+    return [line for line in err.splitlines()
+            if line and not re.match(r"(pictures|model): ", line)]
 
 
 def result(folder):
