@@ -55,6 +55,7 @@ from common import (
     atomic_write,
     cache_key,
     cached,
+    fingerprint,
     non_dominated,
     numpy_generator,
     printable,
@@ -1887,15 +1888,39 @@ class ImagePool(Dataset):
             raise UserError(str(error).rpartition("UserError: ")[2], error.code) from None
 
 
-def pixel_transform(size, mean, std, interpolation="bicubic", crop=None):
-    """Resize to (size, size) and normalise; `crop` (least area): random resized crop and flip."""
+def height_and_width(size):
+    """(height, width) of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def pixel_transform(size, mean, std, interpolation="bicubic", crop=None, resize=None):
+    """Resize to size, a number or (height, width), and normalise.
+
+    crop (least area): random resized crop and flip instead; resize: what is resized to, (height,
+    width) or the short side, before the centre of that size is cut out.
+    """
     from torchvision import transforms
 
     interpolation = transforms.InterpolationMode(interpolation)
-    first = [transforms.Resize((size, size), interpolation)] if crop is None else \
-        [transforms.RandomResizedCrop(size, (crop, 1.0), interpolation=interpolation),
-         transforms.RandomHorizontalFlip()]
+    size = height_and_width(size)
+    if crop is not None:
+        first = [transforms.RandomResizedCrop(size, (crop, 1.0), interpolation=interpolation),
+                 transforms.RandomHorizontalFlip()]
+    else:
+        first = [transforms.Resize(resize or size, interpolation)]
+        first += [transforms.CenterCrop(size)] if resize else []
     return transforms.Compose([*first, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def said_pixels(size, mean, std, how):
+    """What is done to pictures, in words: "224 pixels, mean .5, std .5, bicubic resize"."""
+    def short(numbers):
+        words = [f"{n:.3g}".removeprefix("0") or "0" for n in numbers]
+        return words[0] if len(set(words)) == 1 else " ".join(words)
+
+    height, width = height_and_width(size)
+    side = height if height == width else f"{height} x {width}"
+    return f"{side} pixels, mean {short(mean)}, std {short(std)}, {how}"
 
 
 def official_cifar_transform(name, size):
@@ -1907,7 +1932,8 @@ def official_cifar_transform(name, size):
 
     return transforms.Compose([
         transforms.ToTensor(), transforms.Normalize(*CIFAR_STATISTICS[name]),
-        transforms.Resize((size, size), transforms.InterpolationMode.BILINEAR, antialias=False)])
+        transforms.Resize(height_and_width(size), transforms.InterpolationMode.BILINEAR,
+                          antialias=False)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2164,25 +2190,79 @@ def _read_fgvc(path):
     return pairs
 
 
-def transfer_transforms(family, size, mean, std):
+@dataclass
+class Pixels:
+    """What a ViT wants of its pictures; the fields are the arguments of pixel_transform.
+
+    mean, std: of values in [0, 1].
+    """
+    size: tuple
+    mean: tuple
+    std: tuple
+    interpolation: str = "bilinear"
+    resize: object = None
+
+    def __str__(self):
+        how = f"{self.interpolation} resize"
+        if self.resize:
+            to = self.resize if isinstance(self.resize, int) else "{} x {}".format(*self.resize)
+            how += f" to {to} and centre crop"
+        return said_pixels(self.size, self.mean, self.std, how)
+
+
+NORMS = {"half": ((.5,) * 3, (.5,) * 3),
+         "imagenet": ((.485, .456, .406), (.229, .224, .225))}
+
+
+def transfer_pixels(vit, family, norm=None):
+    """(Pixels, notes in words) of a ViT's pictures in a family of sets.
+
+    vit.pixels is what the checkpoint says, None where it says nothing; norm: a name of NORMS that
+    is set against it. VTAB and FGVC have a resize of their own.
+    """
+    pixels, notes = vit.pixels, []
+    if pixels is None:
+        usual = "imagenet" if family == "fgvc" else "half"
+        pixels = Pixels(height_and_width(vit.config.image_size), *NORMS[norm or usual])
+        notes.append(f"--norm {norm or usual}: the checkpoint has no preprocessor_config.json")
+    elif norm and (pixels.mean, pixels.std) != NORMS[norm]:
+        notes.append(f"--norm {norm}, though the checkpoint says {pixels}")
+        pixels = replace(pixels, mean=NORMS[norm][0], std=NORMS[norm][1])
+    elif family == "fgvc" and not norm and (pixels.mean, pixels.std) != NORMS["imagenet"]:
+        notes.append("as the checkpoint says; VPT reads FGVC with --norm imagenet")
+    if family in ("vtab", "fgvc") and pixels.resize:
+        notes.append(f"resized as {family.upper()} is; the checkpoint says {pixels}")
+        pixels = replace(pixels, resize=None)
+    return pixels, notes
+
+
+def transfer_transforms(family, size, mean, std, interpolation="bilinear", resize=None):
     """(transform for testing, random transform for training or None) of a family of sets.
 
-    VTAB: straight to size x size, bilinear, no augmentation. FGVC: short side 256 (for 224), crop,
-    flip. Folders and CIFAR-100 are read like VTAB.
+    VTAB: straight to its size, no augmentation. FGVC: short side 256 (for 224), crop, flip. Folders
+    and CIFAR-100 are read like VTAB, but for a `resize` (see pixel_transform).
     """
     if family != "fgvc":
-        return pixel_transform(size, mean, std, "bilinear"), None
+        return pixel_transform(size, mean, std, interpolation, resize=resize), None
     from torchvision import transforms
 
-    short = transforms.Resize(round(size * 256 / 224), transforms.InterpolationMode.BILINEAR)
+    height, width = height_and_width(size)
+    if height != width:
+        raise UserError(f"the fgvc sets are cropped to squares, but --model takes pictures of "
+                        f"{height} x {width}")
+    short = transforms.Resize(round(height * 256 / 224),
+                              transforms.InterpolationMode(interpolation))
     last = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return (transforms.Compose([short, transforms.CenterCrop(size), *last]),
-            transforms.Compose([short, transforms.RandomCrop(size),
+    return (transforms.Compose([short, transforms.CenterCrop(height), *last]),
+            transforms.Compose([short, transforms.RandomCrop(height),
                                 transforms.RandomHorizontalFlip(), *last]))
 
 
 def frozen_vit(model, eps, seed, device, data_dir, progress=lambda items, *_, **__: items):
-    """`tiny_vit` (model "tiny") or `vit_backbone`, from and into the folders under data_dir."""
+    """`tiny_vit` (model "tiny") or `vit_backbone`, from and into the folders under data_dir.
+
+    Beside its weights it has `pixels`, a Pixels or None, and `said`, what it is in words.
+    """
     if model == "tiny":
         return tiny_vit(seed, device, Path(data_dir) / "cache", progress, eps)
     return vit_backbone(model, eps, seed, device, Path(data_dir) / "weights")
@@ -2216,27 +2296,34 @@ class TransferPart:
 
 @dataclass
 class TransferTask:
-    """What all methods on a transfer set share: a frozen ViT, its training and its test part."""
+    """What all methods on a transfer set share: a frozen ViT, its training and its test part.
+
+    said: the ViT and how it reads pictures, in words.
+    """
     vit: torch.nn.Module
     num_classes: int
     train: TransferPart
     test: TransferPart
     augment: bool  # whether training images are read through a random transform
     truth: list = None  # the planted number of prompts per block
+    said: str = ""
+
+    def fingerprint(self):
+        """What makes the frozen ViT's answers, see common.fingerprint."""
+        config = self.vit.config
+        return [self.vit, config.hidden_act, config.num_attention_heads,
+                repr(self.test.pool.transform)]
 
 
-def transfer_task(splits, vit, norm="half", validate=False, workers=0, device="cpu", truth=None):
-    """Splits as a ViT reads them -> TransferTask. norm: pixel statistics, "half" or "imagenet".
+def transfer_task(splits, vit, norm=None, validate=False, workers=0, device="cpu", truth=None):
+    """Splits as a ViT reads them -> TransferTask. norm: see transfer_pixels.
 
     validate: train on the training and test on the validation part. Else training takes both, but
     for FGVC, whose final run leaves the validation part out, as VPT's does.
     """
-    size = vit.config.image_size
-    size = size if isinstance(size, int) else size[0]
-    mean, std = ((.5,) * 3, (.25 if splits.family == "planted" else .5,) * 3)
-    if norm == "imagenet":
-        mean, std = (.485, .456, .406), (.229, .224, .225)
-    read = transfer_transforms(splits.family, size, mean, std)
+    pixels, notes = transfer_pixels(vit, splits.family, norm)
+    read = transfer_transforms(splits.family, pixels.size, pixels.mean, pixels.std,
+                               pixels.interpolation, pixels.resize)
     both = not validate and splits.family != "fgvc"
     seen = splits.train_and_val() if both else splits.train
     train = TransferPart(*seen, *read, workers, device)
@@ -2245,39 +2332,149 @@ def transfer_task(splits, vit, norm="half", validate=False, workers=0, device="c
         train.embed_once(vit)
     if splits.family == "planted":
         test.embed_once(vit)
-    return TransferTask(vit, splits.num_classes, train, test, read[1] is not None, truth)
+    said = f"{vit.said}, {pixels}" + "".join(f" ({note})" for note in notes)
+    return TransferTask(vit, splits.num_classes, train, test, read[1] is not None, truth, said)
+
+
+@contextlib.contextmanager
+def hub_if_reachable():
+    """Inside it, Hugging Face's libraries ask their hub only if it answers; else their cache alone.
+
+    One request decides, where they would try each of several files five times, for a minute. Yields
+    the reason in words, "" where it answers. Mirrors, proxies and HF_HUB_OFFLINE are respected.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before, why = constants.HF_HUB_OFFLINE, ""
+    if before:
+        why = "HF_HUB_OFFLINE is set, and it is not in the cache"
+    else:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception as error:  # name, connection, proxy, certificate and time-out errors
+            why = f"{constants.ENDPOINT} does not answer ({type(error).__name__}: {error})"
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield why
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reason(unreachable, error):
+    """Why something was not loaded: the hub (see hub_if_reachable), or a library's error."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    no_network = re.search("connect|offline|download|cache", str(error), re.IGNORECASE)
+    return unreachable if unreachable and no_network else said
 
 
 def vit_backbone(model, eps, seed, device, cache_dir):
     """A frozen transformers.ViTModel from a hub id or a directory, with LayerNorm ε = `eps`.
 
     transformers 5.17 or newer: its blocks, ViTModel.layers, return a tensor (before: encoder.layer,
-    tuples). UserError if it cannot be loaded, is no ViT, or is a masked autoencoder: PRO-VPT's
-    authors read MAE by the mean of patches and prompts, the class token of such a model says less.
+    tuples). UserError if it cannot be loaded whole, is of another architecture or reads no RGB, or
+    is a masked autoencoder: PRO-VPT's authors read MAE by the mean of patches and prompts, the
+    class token of such a model says less.
     """
+    local = Path(model).is_dir()
+    if not local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        raise UserError(f"--model {model}: there is no such directory; expected one with "
+                        "config.json and model.safetensors, or a hub id")
+    seed_torch(seed, "unused weights of a checkpoint")
+    with contextlib.nullcontext("") if local else hub_if_reachable() as why:
+        try:
+            vit, found, own_eps = _load_vit(model, eps, str(cache_dir))
+            pixels = _vit_pixels(model, height_and_width(vit.config.image_size), str(cache_dir))
+        except UserError:
+            raise
+        except Exception as error:  # hub, network, JSON, safetensors and key errors of 4 libraries
+            raise UserError(
+                f"--model {model}: cannot load it as a ViT ({_reason(why, error)}). Expected a hub "
+                "id, or a directory with config.json and model.safetensors") from None
+    found = {kind: sorted(map(str, keys)) for kind, keys in found.items()}
+    for kind, text in (("missing_keys", "its weights lack {}"),
+                       ("mismatched_keys", "weights of other shapes than config.json says: {}")):
+        if found[kind]:
+            raise UserError(f"--model {model} is not a whole ViT: "
+                            + text.format(", ".join(found[kind][:3])))
+    deeper = [key for key in found["unexpected_keys"] if re.search(r"layers?\.\d+\.", key)]
+    if deeper:
+        raise UserError(f"--model {model}: config.json says {len(vit.layers)} blocks, but the "
+                        f"weights have more of them: {', '.join(deeper[:3])}")
+    vit.pixels = pixels
+    vit.said = f"ViTModel of {Path(model).name if local else model}, {len(vit.layers)} blocks, " \
+               f"0 weights missing, LayerNorm eps {eps:g}"
+    if own_eps != eps:
+        vit.said += f" (the checkpoint says {own_eps:g})"
+    return vit.eval().requires_grad_(False).to(device)
+
+
+def _load_vit(model, eps, cache_dir):
+    """-> ViTModel, what transformers reports of its weights, the checkpoint's own ε."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    seed_torch(seed, "unused weights of a checkpoint")
-    try:
-        kind = transformers.AutoConfig.from_pretrained(model, cache_dir=str(cache_dir)).model_type
-        vit, found = transformers.ViTModel.from_pretrained(
-            model, add_pooling_layer=False, layer_norm_eps=eps, cache_dir=str(cache_dir),
-            dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # hub, network, JSON, safetensors and key errors of four libraries
-        raise UserError(
-            f"--model {model}: cannot load it as a ViT ({type(error).__name__}: "
-            f"{str(error)[:200]}). Expected a hub id, or a directory with config.json and "
-            "model.safetensors") from None
+    config = transformers.AutoConfig.from_pretrained(model, cache_dir=cache_dir)
+    kind = config.model_type
     if kind == "vit_mae":
         raise UserError(f"--model {model} is a masked autoencoder (vit_mae), which is read by the "
                         "mean of its patches and prompts; here the class token is read: name a ViT "
                         "that was trained with one, such as google/vit-base-patch16-224-in21k")
-    if found["missing_keys"] or found["mismatched_keys"]:
-        raise UserError(f"--model {model} is not a ViT: it lacks {len(found['missing_keys'])} of "
-                        "its weights")
-    return vit.eval().requires_grad_(False).to(device)
+    if kind not in ("vit", "vit_msn"):  # the same modules, trained in another way
+        raise UserError(f"--model {model} is a {kind}; expected a plain ViT (model_type vit), such "
+                        "as google/vit-base-patch16-224-in21k")
+    if config.num_channels != 3:
+        raise UserError(f"--model {model} reads pictures of {config.num_channels} channels; "
+                        "expected 3 (RGB)")
+    vit, found = transformers.ViTModel.from_pretrained(
+        model, add_pooling_layer=False, layer_norm_eps=eps, cache_dir=cache_dir,
+        dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    return vit, found, config.layer_norm_eps
+
+
+def _vit_pixels(model, size, cache_dir):
+    """The Pixels that preprocessor_config.json beside a ViT asks for; None without such a file.
+
+    size: (height, width) that the ViT takes.
+    """
+    from huggingface_hub import errors, hf_hub_download
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    path = Path(model) / "preprocessor_config.json"
+    if not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(model, path.name, cache_dir=cache_dir))
+        except errors.EntryNotFoundError:  # the repository, or the cache without a network
+            return None
+    if not path.is_file():
+        return None
+    try:
+        said = json.loads(path.read_text())
+        wants = AutoImageProcessor.from_pretrained(path.parent)
+        interpolation = Image.Resampling(wants.resample).name.lower()
+        # values in [0, 1] are what ToTensor gives; a checkpoint may want 255 times as much, or less
+        scale = round(255 * wants.rescale_factor, 9) if wants.do_rescale else 255
+        mean, std = ([m / scale for m in (one if isinstance(one, (list, tuple)) else [one] * 3)]
+                     for one in ((wants.image_mean, wants.image_std) if wants.do_normalize
+                                 else (0, 1)))
+        crop = bool(getattr(wants, "do_center_crop", False))
+        asked = wants.crop_size if crop else wants.size
+    except Exception as error:  # JSON and key errors, an unknown kind of processor
+        raise UserError(f"{path} is not readable ({type(error).__name__}: {str(error)[:200]}); "
+                        "mend it, or remove it and say --norm") from None
+    if len(mean) != 3 or len(std) != 3:
+        raise UserError(f"{path}: image_mean and image_std have {len(mean)} and {len(std)} "
+                        "numbers; expected 3")
+    resize = None
+    if "size" in said:
+        resize = wants.size.shortest_edge or (wants.size.height, wants.size.width)
+        final = (asked.height or asked.shortest_edge, asked.width or asked.shortest_edge)
+        if final != size:
+            raise UserError(f"{path} makes pictures of {final[0]} x {final[1]}, but config.json "
+                            f"says that the model takes {size[0]} x {size[1]}; mend one of them")
+    return Pixels(size, tuple(mean), tuple(std), interpolation, None if resize == size else resize)
 
 
 PLANTED_TRUTHS = ([0, 20, 4, 0, 0, 0], [0, 0, 0, 4, 20, 0], [12, 0, 0, 12, 0, 0],
@@ -2300,9 +2497,12 @@ def tiny_vit(seed, device, cache_dir, progress=lambda items, *_, **__: items, ep
         _pretrain_vit(vit, seed, progress)
         return vit.state_dict()
 
-    key = cache_key(seed, config.to_json_string(), inspect.getsource(_pretrain_vit),
-                    inspect.getsource(render_tile))
-    vit.load_state_dict(cached(Path(cache_dir) / f"tiny-vit-{key}.pt", make, "a cached tiny ViT"))
+    key = cache_key(seed, config.to_json_string(), anatomy(vit), MILD, COLOURS, TEXTURES,
+                    *map(inspect.getsource, (_pretrain_vit, render_tile, render_tiles,
+                                             planted_pixels)))
+    _load_cached(vit, Path(cache_dir) / f"tiny-vit-{key}.pt", make, "a cached tiny ViT")
+    vit.pixels = Pixels((PLANTED_SIZE,) * 2, (.5,) * 3, (.25,) * 3)
+    vit.said = f"tiny ViT, pre-trained on 4000 tiles of 100 textures, {len(vit.layers)} blocks"
     return vit.eval().requires_grad_(False).to(device)
 
 
@@ -2385,72 +2585,230 @@ class Backbone:
     """A CLIP in eval mode with what goes around it.
 
     clip: the model; tokenizer(list of N texts) -> (N, L) ids; transform and random_transform: PIL
-    image -> (3, size, size), as the model was trained, and with random crop and flip.
+    image -> (3, height, width), as the model was trained, and with random crop and flip; size: one
+    number, or (height, width); said: which model and weights; pixels: what transform does.
     """
     clip: torch.nn.Module
     tokenizer: object
     transform: object
     random_transform: object
-    size: int
+    size: object
+    said: str = ""
+    pixels: str = ""
 
 
 def open_clip_backbone(model, weights, seed, device, cache_dir):
-    """`model` "NAME:PRETRAINED" or "NAME:random", or "NAME" with a checkpoint file `weights`.
+    """An open_clip model with the preprocessing that its weights were trained with -> Backbone.
 
-    UserError: unknown names (the message lists the tags), a missing or foreign file, no network.
+    model: "NAME:PRETRAINED" or "NAME:random"; "hf-hub:ORG/NAME"; a directory that holds
+    open_clip_config.json, with or without "local-dir:" before it. weights: a checkpoint file that
+    is read instead of published weights, with the preprocessing of NAME:PRETRAINED (of NAME: of all
+    its published weights, if they agree). UserError: unknown names (the message lists the tags), a
+    missing or foreign file, no network.
     """
     import open_clip  # slow to import, and only needed here
-    name, _, tag = model.partition(":")
-    if name not in open_clip.list_models():
-        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models())) or "its list"
-        raise UserError(f"--model {name!r} is not an open_clip model; see {close}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights is None and tag not in ["random", *tags]:
-        raise UserError(f"--model {name} needs :PRETRAINED, one of {', '.join([*tags, 'random'])}, "
-                        "or --weights FILE")
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"--weights {weights} does not exist; expected a checkpoint of {name}")
-    source = str(weights) if weights else None if tag == "random" else tag
+    name, tag = _open_clip_name(model, weights)
+    state = None if weights is None else _read_checkpoint(weights, name)
+    # TorchScript files are OpenAI's own; these and some others were trained with QuickGELU, which
+    # open_clip builds under its own name only
+    published = open_clip.get_pretrained_cfg(name, tag)
+    of_openai = state is not None and state.pop("input_resolution", None) is not None
+    quick = published.get("quick_gelu", of_openai and not tag)
+    pixels, note = _published_pixels(name, tag, weights)
+    local, why = name.startswith("local-dir:"), ""
     seed_torch(seed, "random CLIP")
-    logging.disable(logging.CRITICAL)  # open_clip logs what the line below says
+    logging.disable(logging.CRITICAL)  # open_clip logs what the lines below say
     try:
-        clip, _, transform = open_clip.create_model_and_transforms(
-            name, source, device=device, cache_dir=str(cache_dir))
-        tokenizer = open_clip.get_tokenizer(name)
+        config = {} if name.startswith("hf-hub:") else open_clip.get_model_config(name)
+        # text towers and tokenizers of other libraries come from the hub, too
+        remote = not (config and (local or weights or tag == "random")) or \
+            ("hf_model" if local else "hf_") in str(config["text_cfg"])
+        with hub_if_reachable() if remote else contextlib.nullcontext("") as why:
+            clip, _, transform = open_clip.create_model_and_transforms(
+                name, None if weights or tag == "random" else tag, device=device,
+                cache_dir=str(cache_dir), load_weights=weights is None, pretrained_text=False,
+                require_pretrained=weights is None and tag != "random",
+                force_quick_gelu=quick, **pixels)
+            if weights:
+                _load_clip(clip, state, weights, name)
+            tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
+    except UserError:
+        raise
     except Exception as error:  # hub, network, pickle and key errors of three libraries
-        what = f"read {weights} as {name}" if weights else f"download {model}"
-        raise UserError(
-            f"cannot {what} ({type(error).__name__}: {str(error)[:200]}). Without a network, "
-            f"get the checkpoint elsewhere and say --model {name} --weights FILE") from None
+        hint = "" if local else ". Without a network, get the checkpoint elsewhere and say " \
+            f"--model {name if tag else 'DIR'} --weights FILE"
+        raise UserError(f"cannot {'read' if local else 'download'} {model} "
+                        f"({_reason(why, error)}){hint}") from None
     finally:
         logging.disable(logging.NOTSET)
-    size = clip.visual.image_size
-    size = size[0] if isinstance(size, tuple) else size
-    crop = pixel_transform(size, clip.visual.image_mean, clip.visual.image_std, crop=.08)
-    return Backbone(clip.eval(), tokenizer, transform, crop, size)
+    cfg = clip.visual.preprocess_cfg
+    height, width = height_and_width(clip.visual.image_size)
+    size = height if height == width else (height, width)
+    kind = "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic"
+    crop = pixel_transform(size, cfg["mean"], cfg["std"], kind, crop=.08)
+    how = {"shortest": "resize and centre crop", "longest": "resize and padding",
+           "squash": "resize to a square"}[cfg["resize_mode"]]
+    which = f"weights of {Path(weights).name}" if weights else f"{tag} weights" if tag else \
+        "its weights"
+    mended = quick and not config.get("quick_gelu")
+    said = f"{name}, {which}" + ", QuickGELU as they were trained" * bool(mended)
+    return Backbone(clip.eval(), tokenizer, transform, crop, size, said,
+                    said_pixels(size, cfg["mean"], cfg["std"], f"{kind} {how}") + note)
+
+
+def _open_clip_name(model, weights):
+    """--model as open_clip knows it -> (name, tag, "" without one); UserError: none of its kind."""
+    import open_clip
+    known = open_clip.list_models()
+    name, _, tag = model.partition(":")
+    name = name.replace("/", "-")  # ViT-B/16, as in papers
+    if model.startswith("hf-hub:"):
+        return model, ""
+    if model.startswith("local-dir:") or (name not in known and Path(model).is_dir()):
+        folder = model.removeprefix("local-dir:")
+        if not (Path(folder) / "open_clip_config.json").is_file():
+            raise UserError(f"--model {model}: {folder} holds no open_clip_config.json; expected a "
+                            "directory that open_clip's push_to_hf_hub wrote")
+        return f"local-dir:{folder}", ""
+    if name not in known:
+        lower = {n.lower(): n for n in known}
+        close = [lower[n] for n in difflib.get_close_matches(name.lower(), lower)]
+        raise UserError(
+            f"--model {model.partition(':')[0]!r} is not an open_clip model; see "
+            f"{', '.join(close) or 'open_clip.list_models()'}, hf-hub:ORG/NAME or a directory with "
+            "open_clip_config.json")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    tag = tag.lower().replace("-", "_") if open_clip.is_pretrained_cfg(name, tag) else tag
+    if tag not in ["random", *tags] and (tag or weights is None):
+        raise UserError(f"--model {name} needs :PRETRAINED, one of {', '.join([*tags, 'random'])}, "
+                        "or --weights FILE")
+    if weights is not None and tag == "random":
+        raise UserError(f"--model {model} and --weights {weights} exclude each other: say --model "
+                        f"{name}")
+    return name, tag
+
+
+def _published_pixels(name, tag, weights):
+    """Preprocessing of a checkpoint file -> (arguments of open_clip's factory, a note in words)."""
+    import open_clip
+    if not weights or name.startswith(("hf-hub:", "local-dir:")):
+        return {}, ""  # open_clip finds them itself
+    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(name)
+    found = [{f"image_{key}": cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+             for cfg in (open_clip.get_pretrained_cfg(name, t) for t in tags)]
+    if tag:
+        return found[0], f" (as {name}:{tag})"
+    if found and all(one == found[0] for one in found):
+        return found[0], f" (as all published weights of {name})"
+    return {}, f" (open_clip's default, as nothing else is known: say --model {name}:PRETRAINED " \
+               "for that of published weights)"
+
+
+def _read_checkpoint(path, name):
+    """The tensors of a CLIP checkpoint file: safetensors, torch.save or OpenAI's TorchScript.
+
+    Unpacked from what training loops put around them (a dict, "module." before every name).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--weights {path} does not exist; expected a checkpoint of {name}")
+    if path.suffix in (".npz", ".npy"):
+        return {}  # big_vision's, which open_clip reads by name
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            state = load_file(path)
+        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n
+                                              in zipfile.ZipFile(path).namelist()):
+            with warnings.catch_warnings():  # torch would like such files to go
+                warnings.simplefilter("ignore")
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a zip, pickle, runtime or safetensors error
+        raise UserError(f"cannot read {path} as {name} ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:200]})") from None
+    while isinstance(state, dict) and not any(torch.is_tensor(v) for v in state.values()):
+        inner = {k: v for k, v in state.items() if isinstance(v, dict) and v}
+        inner = {"state_dict": inner["state_dict"]} if "state_dict" in inner else inner
+        inner.pop("optimizer", None)
+        if len(inner) != 1:
+            raise UserError(f"cannot read {path} as {name}: it holds no weights but "
+                            f"{', '.join(map(str, state))[:200]}; expected a state dict")
+        (state,) = inner.values()
+    if not isinstance(state, dict):
+        raise UserError(f"cannot read {path} as {name}: it holds a {type(state).__name__}; "
+                        "expected a state dict")
+    for prefix in ("module.", "_orig_mod.", "model.", "clip."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key: v for key, v in state.items() if key not in ("context_length", "vocab_size")}
+
+
+def _load_clip(clip, state, path, name):
+    """Read a checkpoint into a model, all of it; UserError where open_clip would stretch a part."""
+    import open_clip
+    own = clip.state_dict()
+    for key in ("visual.positional_embedding", "positional_embedding", "text.positional_embedding"):
+        there, here = ((part.get(key), part.get(f"text.{key}"))[key not in part]
+                       for part in (state, own))
+        if there is not None and here is not None and there.shape != here.shape:
+            raise UserError(
+                f"cannot read {path} as {name}: {key} has {' x '.join(map(str, there.shape))} "
+                f"numbers, {name} has {' x '.join(map(str, here.shape))}: another image size, "
+                "patch size, width or text length; name the model that it was trained as")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.pt" if state else path
+        if state:  # open_clip, which knows other projects' names of weights, wants a file
+            torch.save(state, file)
+        try:
+            open_clip.load_checkpoint(clip, str(file))
+        except Exception as error:  # missing and unknown keys, shapes, and what converters raise
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot read {path} as {name} ({type(error).__name__}: {said})"
+                            ) from None
+
+
+def anatomy(module):
+    """What a network computes beside its weights: class and plain attributes of every part."""
+    plain = (int, float, str, tuple, type(None))  # heads, ε, kind of pooling
+    return [(name, type(part).__name__, part.extra_repr(),
+             sorted((k, v) for k, v in vars(part).items() if isinstance(v, plain)))
+            for name, part in module.named_modules()]
+
+
+def _load_cached(module, path, make, what):
+    """The state dict in `path` (see common.cached) into a module; UserError if it is foreign."""
+    try:
+        module.load_state_dict(cached(path, make, what))
+    except RuntimeError:
+        raise UserError(f"{path} does not fit; expected {what}; delete it to make it again"
+                        ) from None
 
 
 def encode_once(clip, pool, device, cache_dir, progress=lambda items, *_, **__: items):
     """Image features (N, E) of an ImagePool before normalisation, cached under what made them."""
     source = pool.images.source
-    if isinstance(source, np.ndarray):
-        made_of = source.tobytes()
-    else:
+    if not isinstance(source, np.ndarray):
         stats = [Path(p).stat() for p in source]
-        made_of = repr([pool.images.ranges, *((str(p), s.st_size, s.st_mtime_ns)
-                        for p, s in zip(source, stats, strict=True))]).encode()
-    weights = [p.double().sum().item() for p in clip.visual.state_dict().values()]
-    key = cache_key(
-        hashlib.blake2b(made_of).hexdigest(), weights, repr(pool.transform), device.type)
+        source = [pool.images.ranges, *((str(p), s.st_size, s.st_mtime_ns)
+                                        for p, s in zip(source, stats, strict=True))]
+    key = cache_key(fingerprint(source), inspect.getsource(read_image), repr(pool.transform),
+                    fingerprint(clip.visual), anatomy(clip.visual), device.type)
+    path = Path(cache_dir) / f"features-{key}.pt"
 
     @torch.no_grad()
     def encode():
         chunks = [range(i, min(i + 64, len(pool))) for i in range(0, len(pool), 64)]
         batches = progress(pool.batches(chunks), "encoding images once", total=len(chunks))
-        return torch.cat([clip.encode_image(batch.to(device)).cpu() for batch in batches])
+        return torch.cat([clip.encode_image(batch.to(device), normalize=False).cpu()
+                          for batch in batches])
 
-    return cached(Path(cache_dir) / f"features-{key}.pt", encode,
-                  "cached image features").to(device)
+    features = cached(path, encode, "cached image features")
+    if not torch.is_tensor(features) or len(features) != len(pool):
+        raise UserError(f"{path} does not fit; expected cached features of {len(pool)} images; "
+                        "delete it to make it again")
+    return features.to(device)
 
 
 class WordTokenizer:
@@ -2471,15 +2829,16 @@ class WordTokenizer:
     def words(text):
         return re.findall(r"[^\W_]+|\.", text.lower())
 
-    def __call__(self, texts):
+    def __call__(self, texts, context_length=None):
         """A string or list of N strings -> (N, context_length) int64."""
         texts = [texts] if isinstance(texts, str) else texts
-        out = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        longest = context_length or self.context_length
+        out = torch.zeros(len(texts), longest, dtype=torch.int64)
         for row, text in zip(out, texts, strict=True):
             ids = [self.start, *(self.ids.get(w, 1) for w in self.words(text)), self.end]
-            if len(ids) > self.context_length:
+            if len(ids) > longest:
                 raise UserError(f"the text {text!r} is longer than the tiny model's "
-                                f"{self.context_length} tokens")
+                                f"{longest} tokens")
             row[:len(ids)] = torch.tensor(ids)
         return out
 
@@ -2524,19 +2883,20 @@ def tiny_backbone(images, labels, class_names, template, config, seed, device, c
     transform = pixel_transform(config.image_size, config.mean, config.std)
     pixels = torch.stack([transform(images[i])
                           for i in progress(range(len(images)), "reading images")])
-    key = cache_key(config, seed, captions, list(labels),
-                    hashlib.blake2b(pixels.numpy()).hexdigest(), inspect.getsource(_pretrain),
-                    inspect.getsource(WordTokenizer))
+    labels, tokens = torch.as_tensor(labels), tokenizer(captions)
+    key = cache_key(config, seed, fingerprint([pixels, labels, tokens]), anatomy(clip),
+                    inspect.getsource(_pretrain))
 
     def make():
-        _pretrain(clip, pixels, torch.as_tensor(labels), tokenizer(captions), config, seed,
-                  progress)
+        _pretrain(clip, pixels, labels, tokens, config, seed, progress)
         return clip.state_dict()
 
-    path = Path(cache_dir) / f"tiny-clip-{key}.pt"
-    clip.load_state_dict(cached(path, make, "a cached tiny CLIP"))
+    _load_cached(clip, Path(cache_dir) / f"tiny-clip-{key}.pt", make, "a cached tiny CLIP")
     crop = pixel_transform(config.image_size, config.mean, config.std, crop=.5)
-    return Backbone(clip.eval().to(device), tokenizer, transform, crop, config.image_size)
+    return Backbone(
+        clip.eval().to(device), tokenizer, transform, crop, config.image_size,
+        f"tiny CLIP, pre-trained on {len(images)} images of {len(class_names)} classes",
+        said_pixels(config.image_size, config.mean, config.std, "bicubic resize"))
 
 
 def _pretrain(model, pixels, labels, tokens, config, seed, progress):
@@ -2603,10 +2963,13 @@ class FederatedImages:
     class_names: list
     template: str
 
+    def tokens(self, caption):
+        """See class_tokens; on the device."""
+        return class_tokens(self.tokenizer, caption, self.class_names).to(self.labels.device)
+
     def text(self, template):
         """Normalised text features (C, E) of the classes' names in a caption with {}."""
-        tokens = self.tokenizer([template.format(name) for name in self.class_names])
-        return text_features(self.clip, tokens.to(self.labels.device))
+        return text_features(self.clip, self.tokens(template))
 
 
 def check_federation(args):
@@ -2624,12 +2987,13 @@ def check_federation(args):
                         "--n-max do not apply")
 
 
-def load_federation(args, run, official_cifar=False):
+def load_federation(args, run, official_cifar=False, captions=()):
     """Everything of a federated run that is not its method -> FederatedImages.
 
     args: the flags of the groups "data" and "model" of fedpurel.py, and seed and data_dir; run: a
-    common.Run; official_cifar: see official_cifar_transform. Every draw follows the seed, each with
-    a generator of its own. UserError: what the parts refuse.
+    common.Run; official_cifar: see official_cifar_transform; captions: those with {} that will be
+    asked for beside the set's own. Every draw follows the seed, each with a generator of its own.
+    UserError: what the parts refuse.
     """
     name, tiny, pretraining = image_set_name(args.dataset), args.model == "tiny", None
     with run.rank_zero_first():  # it may download
@@ -2657,8 +3021,27 @@ def load_federation(args, run, official_cifar=False):
         backbone = _federation_backbone(args, name, images, pretraining, run)
     if official_cifar and name in CIFAR_STATISTICS:
         backbone.transform = official_cifar_transform(name, backbone.size)
+        backbone.pixels = said_pixels(backbone.size, *CIFAR_STATISTICS[name],
+                                      "bilinear resize of what is normalised (--recipe official)")
     clip = backbone.clip.requires_grad_(False)
     check_towers(clip, args.peft)
+    for caption in (images.template, *captions):
+        tokens = class_tokens(backbone.tokenizer, caption, images.class_names)
+        alike = [f"{images.class_names[a]!r} ({a}) and {images.class_names[b]!r} ({b})"
+                 for a, b in equal_rows(tokens)]
+        if alike and name.startswith("folder:"):
+            raise UserError(f"folder: the classes {'; '.join(alike[:3])} are one text to the "
+                            "tokenizer of --model, so that nothing can tell them apart; rename one")
+    if args.peft == "prompt":  # what PromptLearner takes for granted of the last caption
+        words = tokens[:, 1:1 + args.n_ctx]
+        if (tokens[:, 0] != tokens[0, 0]).any() or (words != words[0, 0]).any():
+            raise UserError("--peft prompt needs a tokenizer like CLIP's, with a start of text and "
+                            "one token for X, but --model has a "
+                            f"{type(backbone.tokenizer).__name__}; try --peft adapter")
+    if alike:  # ImageNet's "missile", say: what others report counts them, too
+        run.warn(f"one text to the tokenizer of --model: the classes {'; '.join(alike[:3])}")
+    run.source("model", f"{backbone.said}, {backbone.pixels}",
+               [clip, repr(clip), repr(backbone.transform)])
     pool = ImagePool(Images.concat(images.train, images.test), backbone.transform,
                      backbone.random_transform, args.workers, run.device)
     if tiny or args.peft == "lora":
@@ -2710,16 +3093,56 @@ def check_towers(clip, peft):
         return len(blocks) and all(type(b.attn) is torch.nn.MultiheadAttention for b in blocks)
 
     if peft == "prompt":
-        causal = getattr(clip, "attn_mask", None) is not None
-        causal = causal and getattr(clip, "text_pool_type", "") == "argmax"
-        if not causal or not plain(getattr(getattr(clip, "transformer", None), "resblocks", [])):
-            raise UserError("--peft prompt needs CLIP's causal text transformer; try "
-                            "--peft adapter")
+        blocks = getattr(getattr(clip, "transformer", None), "resblocks", [])
+        lacks = [what for what, there in (
+            ("a text transformer of its own", len(blocks)),
+            ("plain attention in the text tower", plain(blocks)),
+            ("a causal mask", getattr(clip, "attn_mask", None) is not None),
+            ("texts read at their end", getattr(clip, "text_pool_type", "") == "argmax"),
+            ("a text projection", getattr(clip, "text_projection", None) is not None),
+        ) if not there]
+        if lacks:
+            raise UserError("--peft prompt needs CLIP's causal text transformer, but this "
+                            f"{type(clip).__name__} has not {lacks[0]}; try --peft adapter")
     if peft == "lora":
         tower = getattr(clip.visual, "transformer", None)
         if not plain(getattr(tower, "resblocks", [])):
-            raise UserError("--peft lora needs a ViT vision tower of open_clip; try "
-                            "--peft adapter")
+            raise UserError("--peft lora needs a ViT vision tower of open_clip with plain "
+                            f"attention, but this is a {type(clip.visual).__name__}; try --peft "
+                            "adapter")
+
+
+def class_tokens(tokenizer, caption, class_names):
+    """(C, L) token ids of the classes' names in a caption with {}.
+
+    UserError: a text that the tokenizer would cut off, or a name of which it leaves nothing.
+    """
+    texts, length = [caption.format(name) for name in class_names], tokenizer.context_length
+    whole = tokenizer([*texts, caption.format("")], context_length=4 * length)
+    pad, tail = whole[-1, -2:]  # a few tokenizers end every row with a token that is read
+    last = length - int(pad != tail)
+    cut = (whole[:-1, last:-1] != pad).any(1)
+    if not cut.any():
+        ids = tokenizer(texts)
+        cut = (ids[:, :last] != whole[:-1, :last]).any(1)
+    if cut.any():
+        text = texts[int(cut.int().argmax())]
+        raise UserError(
+            f"the class {class_names[int(cut.int().argmax())]!r} has a text longer than the "
+            f"{length} tokens of --model: {text!r}; shorten its name"
+            + ", or --n-ctx" * caption.startswith("X"))
+    empty = (whole[:-1] == whole[-1]).all(1)
+    if empty.any():
+        raise UserError(f"the tokenizer of --model leaves nothing of the class name "
+                        f"{class_names[int(empty.int().argmax())]!r}; rename the class")
+    return ids
+
+
+def equal_rows(rows):
+    """Pairs (a, b), a < b, of rows of an (N, L) tensor that are the same; b with the first such."""
+    first = {}
+    numbered = ((i, tuple(row)) for i, row in enumerate(rows.tolist()))
+    return [(first[row], i) for i, row in numbered if first.setdefault(row, i) != i]
 
 
 @torch.no_grad()

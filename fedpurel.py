@@ -285,10 +285,10 @@ def class_token_features(visual, pixels):
     # The plain version is visual(pixels). Of its last block only the class token is read, so only
     # that token's query, output projection and MLP are computed there; keys and values still come
     # from all N tokens. Towers that pool in another way, or need more behind it, run as they are.
-    if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
-        return visual(pixels)
-    if visual.final_ln_after_pool or visual.proj is None:
-        return visual(pixels)
+    if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None \
+            or visual.final_ln_after_pool or visual.proj is None:
+        features = visual(pixels)
+        return features[0] if isinstance(features, tuple) else features  # CoCa: all tokens as well
     x = visual._embeds(pixels)  # (B, N, D) class token first, then patches
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
@@ -645,20 +645,18 @@ def build_federation(args, run):
     # DEVIATION 5: every draw in there follows --seed.
     # DEVIATION 8: CLIP, and so all that is computed from it, is float32.
     # UNSPECIFIED 5: which splits are read, and the captions, are listed beside the data sets.
-    inputs = data.load_federation(
-        args, run, official_cifar=args.recipe == "official")  # DEVIATION 3
     # The teacher reads the caption that suits the data set. With LoRA and the adapter the student
     # reads "a photo of a {}." whatever the set, as in the authors' code; the tiny model has never
     # seen any but the set's own. With the prompt the student's texts are learned.
-    text = inputs.text(inputs.template)  # (C, E)
     plain_text = args.peft in ("lora", "adapter") and args.model != "tiny"
-    prompts = None
-    if args.peft == "prompt":
-        context = " ".join(["X"] * args.n_ctx)
-        prompts = inputs.tokenizer([f"{context} {name}." for name in inputs.class_names])
-        prompts = prompts.to(run.device)  # (C, L)
+    prompt = " ".join(["X"] * args.n_ctx) + " {}."
+    own = [prompt] if args.peft == "prompt" else [data.PHOTO] * plain_text
+    inputs = data.load_federation(
+        args, run, official_cifar=args.recipe == "official", captions=own)  # DEVIATION 3
+    text = inputs.text(inputs.template)  # (C, E)
     student = TunedCLIP(
-        inputs.clip, args.peft, inputs.text(data.PHOTO) if plain_text else text, prompts,
+        inputs.clip, args.peft, inputs.text(data.PHOTO) if plain_text else text,
+        inputs.tokens(prompt) if args.peft == "prompt" else None,  # (C, L)
         args.n_ctx, args.rank, dropout=args.lora_dropout).to(run.device)
     return Federation(inputs, student, text, args)
 
@@ -948,9 +946,11 @@ def build_parser():
         "and is never federated", above=0, high=.95)
     add("--workers", int, 0, "processes that read images", low=0)
     add = parser.group("model")
-    add("--model", str, None, "open_clip NAME:PRETRAINED, NAME:random, or tiny (default "
-        "ViT-B-16-quickgelu:openai, the paper's; tiny in the small world)")
-    add("--weights", Path, None, "a local checkpoint of --model NAME")
+    add("--model", str, None, "open_clip NAME:PRETRAINED, NAME:random, hf-hub:ORG/NAME, a "
+        "directory with open_clip_config.json, or tiny (default ViT-B-16-quickgelu:openai, the "
+        "paper's; tiny in the small world)")
+    add("--weights", Path, None, "a local checkpoint of --model NAME, or of NAME:PRETRAINED for "
+        "pictures to be prepared as for these weights")
     add("--peft", ["prompt", "lora", "adapter"], None, "what is tuned: CoOp context (paper; "
         "default), LoRA in the vision tower, a feature adapter (default in the small world)")
     add("--n-ctx", int, 4, "context vectors of the prompt (paper 4)", low=1)

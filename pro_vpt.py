@@ -14,7 +14,7 @@ Run
     python pro_vpt.py                                      the small world: 2 minutes, no download
     python pro_vpt.py --dataset vtab-cifar --search        one task by the paper's protocol
     python pro_vpt.py --suite vtab --method vpt-deep,pro-vpt      all 19, with the group means
-    python pro_vpt.py --dataset folder:PATH --model DIR --norm imagenet   your own pictures and ViT
+    python pro_vpt.py --dataset folder:PATH --model DIR    your own pictures, any plain ViT
 
 Paper map (the numbering is ours, in the order of the paper's method section)
     Eq. E1  nested objective   D* = argmin_D L(P*, D): relocation
@@ -183,9 +183,9 @@ class PromptedViT(nn.Module):
         super().__init__()
         self.vit, self.shallow = vit.requires_grad_(False).eval(), shallow
         width, patch = vit.config.hidden_size, vit.config.patch_size
-        patch = patch if isinstance(patch, int) else patch[0]
+        area = patch ** 2 if isinstance(patch, int) else math.prod(patch)
         # VPT draws prompts as Xavier would draw the patch embedding: U(±√(6 / (3 · patch² + D)))
-        self.bound = math.sqrt(6 / (3 * patch ** 2 + width))
+        self.bound = math.sqrt(6 / (3 * area + width))
         prompts = torch.empty(sum(counts), width).uniform_(-self.bound, self.bound)
         self.prompts, self.head = nn.Parameter(prompts), nn.Linear(width, num_classes)
         # VPT's head is wide, N(0, 2 / C). Its bias, σ(-4.595) = .01, is from heads with a sigmoid
@@ -789,8 +789,8 @@ def build_parser(doc=__doc__, parts=PARTS):
     add("--suite", ["vtab"], None, "all 19 tasks of VTAB-1k in turn, and their group means")
     add("--truth", str, None, "planted: the teacher's prompts per block, 6 numbers (default "
         f"{','.join(map(str, data.PLANTED_TRUTHS[0]))})")
-    add("--norm", ["half", "imagenet"], None, "pixel mean and std: .5 (in21k ViT; default) or "
-        "ImageNet's (default of fgvc, as VPT; SSF)")
+    add("--norm", list(data.NORMS), None, "pixel mean and std: .5 (in21k ViT) or ImageNet's (SSF; "
+        "VPT for fgvc); default: the checkpoint's, where it has none half, for fgvc imagenet")
     add("--workers", int, 0, "processes that read images", low=0)
     add = parser.group("model")
     add("--model", str, None, "a transformers ViT: hub id or directory (default "
@@ -825,10 +825,12 @@ def resolve(args, small_world=SMALL, parts=PARTS):
     """Fill in defaults that depend on data set and model; refuse what does not go together."""
     small = args.dataset == "planted" and not args.suite
     common.fill_in(args, small_world if small else PAPER)
-    common.fill_in(args, {"norm": "imagenet" if args.dataset.startswith("fgvc-") else "half",
-                          "truth": ",".join(map(str, data.PLANTED_TRUTHS[0]))})
+    common.fill_in(args, {"truth": ",".join(map(str, data.PLANTED_TRUTHS[0]))})
     if (args.model == "tiny") != small:
         raise common.UserError("--model tiny and --dataset planted go together, without --suite")
+    if small and args.norm:
+        raise common.UserError(f"--norm {args.norm} is for checkpoints; the tiny ViT reads "
+                               "pictures as it was pre-trained")
     known = ["planted", *data.TRANSFER_SETS]
     if args.dataset not in known and not args.dataset.startswith("folder:"):
         raise common.UserError(
@@ -897,17 +899,21 @@ def build_task(args, run, dataset, stage):
     """Data and backbone; stage "val" trains on the training and tests on the validation part."""
     truth = numbers_in(args.truth, "--truth", int) if dataset == "planted" else None
     with run.rank_zero_first():  # it downloads or pre-trains, and the others find what it left
+        # UNSPECIFIED 5: the seed also draws the splits that no list fixes
+        splits = None if truth else data.load_splits(
+            dataset, args.data_dir, args.seed, run.progress)
         # DEVIATION 4: --eps instead of what the checkpoint says (finding 1)
         vit = data.frozen_vit(args.model, args.eps, args.seed, run.device, args.data_dir,
                               run.progress)
-        # UNSPECIFIED 5: the seed also draws the splits that no list fixes
-        splits = data.planted(args.seed, vit, truth) if truth else \
-            data.load_splits(dataset, args.data_dir, args.seed, run.progress)
+        splits = splits or data.planted(args.seed, vit, truth)
     name = f"pictures of {dataset}" if args.suite else "pictures"
     if name not in run.sources:  # a search builds a task several times
         run.source(name, *splits.source())
-    return data.transfer_task(splits, vit, args.norm, stage == "val", args.workers, run.device,
+    task = data.transfer_task(splits, vit, args.norm, stage == "val", args.workers, run.device,
                               truth)
+    if "model" not in run.sources:  # one for all tasks of a suite
+        run.source("model", task.said, task.fingerprint())
+    return task
 
 
 def main(argv=None, read=read_arguments, title="pro_vpt", parts=PARTS):
@@ -938,6 +944,7 @@ def main(argv=None, read=read_arguments, title="pro_vpt", parts=PARTS):
             run.save(state, job.key())
             run.say(f"{job.key()}: {found['accuracy']:.2f}%, "
                     f"{time.process_time() - began:.0f} CPU-s")
+        run.sources = {**run.saved_sources, **run.sources}  # of jobs that were done before, too
         report(args, run, state["done"], title, parts)
 
 

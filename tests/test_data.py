@@ -15,12 +15,14 @@ import huggingface_hub.constants
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from scipy.io import savemat
 from torchvision import transforms
+from transformers import BertTokenizer
 
 import common
 import data
@@ -1906,6 +1908,338 @@ def test_model_without_a_known_tag_lists_the_tags(model, tmp_path):
         data.open_clip_backbone(model, None, 0, CPU, tmp_path)
     for word in ("openai", "laion2b_s34b_b79k", "random", "--weights FILE"):
         assert word in str(caught.value)
+
+
+SMALL_CLIP = {
+    "embed_dim": 16, "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8,
+                                    "image_size": 16},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
+
+
+def small_clip(folder, seed=0, pixels=None, weights=True, **changes):
+    """A directory as open_clip's push_to_hf_hub writes it -> its path, its state dict."""
+    parts = {part: {**SMALL_CLIP[part], **changes.pop(part, {})} for part in ("vision_cfg",
+                                                                           "text_cfg")}
+    config = {**SMALL_CLIP, **parts, **changes}
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(
+        {"model_cfg": config, "preprocess_cfg": pixels or {}}))
+    torch.manual_seed(seed)
+    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    state = kind(**config).state_dict()
+    if weights:
+        safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    return folder, state
+
+
+def load(model, weights=None, cache=Path("nowhere")):
+    return data.open_clip_backbone(str(model), weights, 0, CPU, cache)
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_a_clip_in_a_directory_with_its_own_preprocessing(prefix, tmp_path):
+    pixels = {"mean": [.1, .2, .3], "std": [.5, .25, .5], "interpolation": "bilinear",
+              "resize_mode": "squash"}
+    folder, state = small_clip(tmp_path / "a clip", pixels=pixels)
+    made = load(f"{prefix}{folder}")
+    assert same(weights(made), state) and made.size == 16
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8))
+    wanted = np.asarray(photo.resize((16, 16), Image.BILINEAR), np.float32) / 255
+    wanted = (wanted - np.float32([.1, .2, .3])) / np.float32([.5, .25, .5])
+    torch.testing.assert_close(made.transform(photo), torch.from_numpy(wanted).permute(2, 0, 1))
+    crop, _, _, norm = made.random_transform.transforms
+    assert crop.interpolation == transforms.InterpolationMode.BILINEAR
+    assert (tuple(norm.mean), tuple(norm.std)) == ((.1, .2, .3), (.5, .25, .5))
+    assert made.pixels == ("16 pixels, mean .1 .2 .3, std .5 .25 .5, bilinear resize to a square")
+    assert made.said == f"local-dir:{folder}, its weights"
+
+
+def test_a_clip_of_the_hub_in_a_warm_cache(tmp_path):
+    repository = tmp_path / "models--org--clip"
+    _, state = small_clip(repository / "snapshots" / "abc", pixels={"mean": [.5] * 3})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    made = load("hf-hub:org/clip", cache=tmp_path)
+    assert same(weights(made), state) and "mean .5" in made.pixels
+    assert made.tokenizer(["a"]).shape == (1, 20)
+    with pytest.raises(UserError, match=r"hf-hub:org/other .HF_HUB_OFFLINE is set"):
+        load("hf-hub:org/other", cache=tmp_path)
+
+
+def test_a_clip_of_oblong_pictures(tmp_path):
+    folder, _ = small_clip(tmp_path / "clip", vision_cfg={"image_size": [16, 24]})
+    made, photo = load(folder), Image.new("RGB", (60, 50))
+    assert made.transform(photo).shape == made.random_transform(photo).shape == (3, 16, 24)
+    assert made.size == (16, 24) and made.pixels.startswith("16 x 24 pixels")
+    assert data.official_cifar_transform("cifar10", made.size)(photo).shape == (3, 16, 24)
+
+
+def test_a_directory_without_a_clip_is_refused_in_words(tmp_path):
+    folder, _ = small_clip(tmp_path / "clip", weights=False)
+    with pytest.raises(UserError, match="could not be loaded"):  # never random weights
+        load(folder)
+    for name in (tmp_path, f"local-dir:{tmp_path}", "local-dir:/none"):
+        with pytest.raises(UserError, match=r"holds no open_clip_config\.json"):
+            load(name)
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot read"):
+        load(folder)
+
+
+class Holder(torch.nn.Module):
+    """A module whose state dict is any: OpenAI's files are such modules in TorchScript."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name in {key.partition(".")[0] for key in state}:
+            if name in state:
+                self.register_buffer(name, state[name])
+            else:
+                setattr(self, name, Holder({key.partition(".")[2]: v for key, v in state.items()
+                                            if key.startswith(f"{name}.")}))
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+def write_checkpoint(path, state, kind):
+    if kind == "safetensors":
+        path = path.with_suffix(".safetensors")
+        safetensors.torch.save_file(state, path)
+    elif kind == "TorchScript":
+        numbers = {n: torch.tensor(7) for n in ("input_resolution", "context_length", "vocab_size")}
+        torch.jit.script(Holder({**state, **numbers})).save(path)
+    else:
+        torch.save({
+            "plain": state, "half": {k: v.half() for k, v in state.items()},
+            "training": {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()},
+                         "optimizer": {"state": {}}},
+            "compiled": {"model": {f"_orig_mod.{k}": v for k, v in state.items()}},
+        }[kind], path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["plain", "half", "safetensors", "training", "compiled",
+                                  "TorchScript"])
+def test_checkpoints_of_every_kind_are_read_whole(kind, tmp_path):
+    folder, state = small_clip(tmp_path / "clip")
+    other = small_clip(tmp_path / "other", seed=1)[1]
+    path = write_checkpoint(tmp_path / "w.pt", other, kind)
+    made = load(folder, path)
+    found = weights(made)
+    wanted = {k: v.half().float() for k, v in other.items()} if kind == "half" else other
+    assert same(found, wanted) and not same(found, state)
+    quick = kind == "TorchScript"  # OpenAI's: trained with QuickGELU, whatever the name says
+    assert ("QuickGELU()" in repr(made.clip)) == ("QuickGELU" in made.said) == quick
+    assert made.said.startswith(f"local-dir:{folder}, weights of {path.name}")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"vision_cfg": {"image_size": 24}}, "visual.positional_embedding has 10 x 32 numbers, .* "
+     "has 5 x 32: another image size"),
+    ({"text_cfg": {"context_length": 30}}, "positional_embedding has 30 x 16"),
+    ({"text_cfg": {"width": 32}}, "positional_embedding has 20 x 32"),
+    ({"vision_cfg": {"layers": 1}}, r'Missing key.*visual.transformer.resblocks.1.ln_1.weight'),
+    ({"vision_cfg": {"layers": 3}}, r'Unexpected key.*visual.transformer.resblocks.2.ln_1.weight'),
+    ({"embed_dim": 8}, "size mismatch for text_projection"),
+])
+def test_checkpoints_of_another_clip_are_refused_by_name(changes, words, tmp_path):
+    folder, _ = small_clip(tmp_path / "clip")
+    path = write_checkpoint(tmp_path / "w.pt", small_clip(tmp_path / "other", **changes)[1],
+                            "plain")
+    with pytest.raises(UserError, match=words) as caught:
+        load(folder, path)
+    assert f"cannot read {path} as local-dir:{folder}" in str(caught.value)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, "holds no weights but a, b"),
+    ([1, 2], "it holds a list"), ({"step": 3}, "no weights but step")])
+def test_files_without_one_state_dict_are_refused(content, words, tmp_path):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=words):
+        load("ViT-S-32-alt", tmp_path / "w.pt")
+
+
+INCEPTION, OPENAI = (.5, .5, .5), open_clip.OPENAI_DATASET_MEAN
+
+
+@pytest.mark.parametrize("name, tag, mean, resize, note", [
+    ("PE-Core-T-16-384", "meta", INCEPTION, "squash", "as PE-Core-T-16-384:meta"),
+    ("PE-Core-T-16-384", "", INCEPTION, "squash", "as all published weights of PE-Core-T-16-384"),
+    ("ViT-B-16", "", OPENAI, "shortest", "as all published weights of ViT-B-16"),
+    ("ViT-L-14", "openai", OPENAI, "shortest", "as ViT-L-14:openai"),
+    ("ViT-L-14", "", None, None, "open_clip's default"),  # two of its published weights disagree
+])
+def test_a_file_is_read_with_the_preprocessing_of_its_name(name, tag, mean, resize, note):
+    found, said = data._published_pixels(name, tag, "w.pt")
+    assert (found.get("image_mean"), found.get("image_resize_mode")) == (mean, resize)
+    assert note in said
+
+
+@pytest.mark.parametrize("model, name, tag, quick", [
+    ("ViT-B-16:openai", "ViT-B-16", "openai", True),  # that open_clip builds with GELU
+    ("ViT-B/16:laion2b-s34b-b88K", "ViT-B-16", "laion2b_s34b_b88k", False),
+    ("ViT-B-16-quickgelu:dfn2b", "ViT-B-16-quickgelu", "dfn2b", True),
+    ("hf-hub:org/name", "hf-hub:org/name", "", False)])
+def test_names_tags_and_the_activation_of_the_weights(model, name, tag, quick, monkeypatch):
+    asked = []
+
+    def create(*words, **options):
+        asked.append((words, options))
+        raise RuntimeError("seen enough")
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    with pytest.raises(UserError, match="seen enough"):
+        load(model)
+    ((called, options),) = asked
+    assert called == (name, tag) and options["force_quick_gelu"] is quick
+    assert options["require_pretrained"] and options["load_weights"]
+
+
+def test_names_that_contradict_or_are_only_near(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"")
+    for model, words in (("ViT-S-32-alt:random", "exclude each other"),
+                         ("ViT-B-32:nonsense", "needs :PRETRAINED"),
+                         ("vit-b-16", "ViT-B-16"), ("openai/clip-vit-base-patch16", "hf-hub:")):
+        with pytest.raises(UserError, match=words):
+            load(model, tmp_path / "w.pt")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(url)
+            if len(asked) > 1:
+                raise OSError("no route")
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
+    with data.hub_if_reachable() as why:
+        assert why == "" and not constants.HF_HUB_OFFLINE
+    with data.hub_if_reachable() as why:
+        assert why == "https://mirror.example does not answer (OSError: no route)"
+        assert constants.is_offline_mode()  # the cache, and nothing else, is looked at
+    assert not constants.is_offline_mode() and asked == ["https://mirror.example"] * 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with data.hub_if_reachable() as why:
+        assert "HF_HUB_OFFLINE" in why and len(asked) == 2
+    assert constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("changes, peft, lacks", [
+    ({"custom_text": True}, "prompt", "CustomTextCLIP has not a text transformer of its own"),
+    ({"text_cfg": {"no_causal_mask": True}}, "prompt", "a causal mask"),
+    ({"text_cfg": {"pool_type": "last"}}, "prompt", "texts read at their end"),
+    ({"text_cfg": {"qk_norm": True}}, "prompt", "plain attention in the text tower"),
+    ({"text_cfg": {"proj_type": "none", "width": 16}}, "prompt", "a text projection"),
+    ({"vision_cfg": {"qk_norm": True}}, "lora", "plain attention, but this is a VisionTransformer"),
+    ({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}}, "lora",
+     "ModifiedResNet"),
+    ({"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224}}, "lora",
+     "TimmModel"),
+])
+def test_towers_that_a_part_is_not_made_for_are_refused_by_name(changes, peft, lacks, tmp_path):
+    clip = load(small_clip(tmp_path / "clip", **changes)[0]).clip
+    with pytest.raises(UserError, match=lacks) as caught:
+        data.check_towers(clip, peft)
+    assert f"--peft {peft}" in str(caught.value) and "--peft adapter" in str(caught.value)
+    data.check_towers(clip, "adapter")
+
+
+def bert_tokenizer(folder):
+    """open_clip's HFTokenizer around a BERT tokenizer of a few words, 8 tokens."""
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "cat", "cafe", "."]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"), do_lower_case=True)
+    tokenizer.save_pretrained(folder)
+    return open_clip.tokenizer.HFTokenizer(str(folder), context_length=8)
+
+
+@pytest.mark.parametrize("kind, twins", [
+    ("CLIP's", ("Cafe", "cafe")), ("BERT's", ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe")),
+    ("BERT's", ("cafe\N{COMBINING ACUTE ACCENT}", "cafe")), ("BERT's", ("dog", "bird")),
+    ("words", ("Cafe", "cafe!"))])
+def test_texts_that_are_cut_off_emptied_or_alike(kind, twins, tmp_path):
+    tokenizer = {"CLIP's": lambda: open_clip.SimpleTokenizer(context_length=8),
+                 "BERT's": lambda: bert_tokenizer(tmp_path / "bert"),
+                 "words": lambda: data.WordTokenizer(["a cat", "cafe"], 8)}[kind]()
+    names = [twins[0], "cat", twins[1]]
+    tokens = data.class_tokens(tokenizer, "a {}", names)
+    assert torch.equal(tokens, tokenizer([f"a {n}" for n in names]))
+    assert data.equal_rows(tokens) == [(0, 2)]
+    long = "a cat " * 4
+    with pytest.raises(UserError, match="longer than the 8 tokens") as caught:
+        data.class_tokens(tokenizer, "a {}", ["cat", long])
+    assert f"the class '{long}' has" in str(caught.value) and "--n-ctx" not in str(caught.value)
+    with pytest.raises(UserError, match="leaves nothing of the class name ' '"):
+        data.class_tokens(tokenizer, "a {}", ["cat", " "])
+
+
+@pytest.mark.parametrize("length", [5, 6, 7])
+def test_a_text_may_fill_the_context_and_no_more(length):
+    """start, 5 words, end: 7 tokens."""
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)
+    if length == 7:
+        assert data.class_tokens(tokenizer, "{} of a cat !", ["photo"])[0, -1] == 49407
+    else:
+        with pytest.raises(UserError, match=f"longer than the {length} tokens"):
+            data.class_tokens(tokenizer, "{} of a cat !", ["photo"])
+    with pytest.raises(UserError, match="or --n-ctx"):
+        data.class_tokens(tokenizer, "X X X X X X {}.", ["photo"])
+
+
+def test_a_tokenizer_that_ends_every_row_with_a_token(tmp_path):
+    """open_clip's mode "clips": the class token stands behind the padding."""
+    bert_tokenizer(tmp_path / "bert")
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path / "bert"), context_length=8,
+                                      tokenizer_mode="clips", bos_token="[CLS]", eos_token="[SEP]")
+    assert data.class_tokens(tokenizer, "a {}", ["cat cat cat cat"]).tolist() == [
+        [2, 4, 7, 7, 7, 7, 3, 2]]
+    with pytest.raises(UserError, match="longer than the 8 tokens"):
+        data.class_tokens(tokenizer, "a {}", ["cat cat cat cat cat"])
+
+
+def test_encode_once_knows_activation_order_and_type_of_the_weights(tmp_path):
+    """Weights in another order have the same sum; GELU and QuickGELU have the same weights."""
+    images = data.Images(toy()[0].source)
+    folder, state = small_clip(tmp_path / "clip")
+    permuted = {k: v.flip(0) if k.endswith("mlp.c_fc.weight") else v for k, v in state.items()}
+    torch.save(permuted, tmp_path / "w.pt")
+    quick, _ = small_clip(tmp_path / "quick", quick_gelu=True)
+    heads, _ = small_clip(tmp_path / "heads", vision_cfg={"head_width": 8})
+    made = [load(folder), load(folder, tmp_path / "w.pt"), load(quick), load(heads)]
+    made[3].clip.load_state_dict(state)
+    found = []
+    for i, backbone in enumerate(made):
+        pool = data.ImagePool(images, backbone.transform)
+        found.append(data.encode_once(backbone.clip, pool, CPU, tmp_path))
+        assert len(list(tmp_path.glob("features-*.pt"))) == i + 1
+        with torch.no_grad():
+            pixels = torch.stack([backbone.transform(image) for image in images])
+            torch.testing.assert_close(found[i], backbone.clip.visual(pixels))
+    assert not any(torch.allclose(a, b) for i, a in enumerate(found) for b in found[:i])
+    assert torch.equal(data.encode_once(load(folder).clip, data.ImagePool(
+        images, made[0].transform), CPU, tmp_path), found[0])
+    assert len(list(tmp_path.glob("features-*.pt"))) == 4
+
+
+@pytest.mark.parametrize("content", [torch.ones(3, 4), {"a": torch.ones(1)}])
+def test_caches_of_something_else_are_named(content, tmp_path):
+    backbone = tiny(tmp_path)
+    pool = data.ImagePool(toy()[0], backbone.transform)
+    data.encode_once(backbone.clip, pool, CPU, tmp_path)
+    for kind in ("features", "tiny-clip"):
+        (path,) = tmp_path.glob(f"{kind}-*.pt")
+        torch.save(content if kind == "features" else {"a": torch.ones(1)}, path)
+    with pytest.raises(UserError, match="delete it to make it again") as caught:
+        data.encode_once(backbone.clip, pool, CPU, tmp_path)
+    assert "features-" in str(caught.value)
+    with pytest.raises(UserError, match=r"tiny-clip-.* does not fit"):
+        tiny(tmp_path)
 
 
 def test_missing_or_foreign_weights_file_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ from beyond import pro_vpt_adaptive as beyond
 from tools import (
     PATIENCE,
     ROOT,
+    complaints,
     exit_code,
     finish,
     in_float64,
@@ -645,10 +647,192 @@ def test_another_norm_and_the_default_of_each_family(tmp_path):
     assert losses[None] == losses["half"] != losses["imagenet"]
     vit = data.vit_backbone(str(tmp_path / "vit"), 1e-6, 0, "cpu", tmp_path)
     assert {m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
-    for dataset, norm in (("fgvc-cub", "imagenet"), ("vtab-dtd", "half"), ("cifar100", "half"),
-                          ("folder:x", "half")):
-        words = ["--dataset", dataset, "--model", "m"]
-        assert pro_vpt.resolve(pro_vpt.build_parser().parse_args(words)).norm == norm
+    for family, norm in (("fgvc", "imagenet"), ("vtab", "half"), ("cifar100", "half"),
+                         ("folder", "half")):
+        pixels, (note,) = data.transfer_pixels(vit, family)
+        assert (pixels.mean, pixels.std) == data.NORMS[norm]
+        assert f"--norm {norm}" in note and "no preprocessor_config.json" in note
+
+
+def save_small_vit(path, preprocessor=None, change=None, **sizes):
+    """A ViT of save_vit's size with a preprocessor_config.json, or with its weights changed."""
+    config = transformers.ViTConfig(**{
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 32, "image_size": 16, "patch_size": 8, **sizes})
+    torch.manual_seed(0)
+    vit = transformers.ViTModel(config)
+    vit.save_pretrained(path, state_dict=change(vit.state_dict()) if change else None)
+    if preprocessor is not None:
+        (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return path
+
+
+def read_vit(path, eps=1e-6):
+    return data.vit_backbone(str(path), eps, 0, "cpu", path.parent)
+
+
+@pytest.mark.parametrize("kind", ["DeiT", "Dinov2", "Dinov2WithRegisters", "Beit", "Swin", "IJepa",
+                                  "CLIPVision", "Bert", "TimmWrapper"])
+def test_another_architecture_is_refused_by_name(kind, tmp_path):
+    config = getattr(transformers, f"{kind}Config")()
+    config.save_pretrained(tmp_path / "m")
+    with pytest.raises(common.UserError, match=f"is a {config.model_type}; expected a plain ViT"):
+        read_vit(tmp_path / "m")
+
+
+def test_a_vit_msn_is_the_vit_that_it_is(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    msn = transformers.ViTMSNModel(transformers.ViTMSNConfig(**sizes, layer_norm_eps=1e-6)).eval()
+    msn.save_pretrained(tmp_path / "m")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(read_vit(tmp_path / "m")(x).last_hidden_state,
+                               msn(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("change, sizes, words", [
+    (lambda s: {k: v for k, v in s.items() if k != "layers.1.mlp.fc1.bias"}, {},
+     r"not a whole ViT: its weights lack layers\.1\.mlp\.fc1\.bias"),
+    (lambda s: {**s, "embeddings.position_embeddings": torch.zeros(1, 10, 16)}, {},
+     r"other shapes than config\.json says: .*embeddings\.position_embeddings"),
+    (lambda s: {**s, "layers.2.mlp.fc1.bias": torch.zeros(32)}, {},
+     r"config\.json says 2 blocks, .* more of them: layers\.2\.mlp\.fc1\.bias"),
+    (None, {"num_channels": 1}, "reads pictures of 1 channels"),
+])
+def test_a_vit_that_is_not_whole_is_refused_by_name(change, sizes, words, tmp_path):
+    with pytest.raises(common.UserError, match=words):
+        read_vit(save_small_vit(tmp_path / "m", change=change, **sizes))
+
+
+@pytest.mark.parametrize("model", ["./vit", "/none/vit", "runs/a/b", "a model"])
+def test_a_path_that_is_none_is_not_asked_of_the_hub(model, tmp_path):
+    with pytest.raises(common.UserError, match="there is no such directory"):
+        data.vit_backbone(model, 1e-6, 0, "cpu", tmp_path)
+
+
+IMAGENET = {"image_mean": [.485, .456, .406], "image_std": [.229, .224, .225]}
+
+
+@pytest.mark.parametrize("wants, said", [
+    (IMAGENET, "mean .485 .456 .406, std .229 .224 .225, bilinear resize"),
+    ({"size": 16, "resample": 3}, "mean .5, std .5, bicubic resize"),
+    ({"size": {"height": 16, "width": 16}, "do_normalize": False}, "mean 0, std 1, bilinear"),
+    ({"do_rescale": False}, "mean .00196, std .00196"),
+    ({"do_rescale": False, "do_normalize": False}, "mean 0, std .00392"),
+    ({"rescale_factor": 2 / 255, "image_mean": [1, 1, 1]}, "mean .5, std .25"),
+    ({"image_processor_type": "DeiTImageProcessor", "size": {"height": 20, "width": 20},
+      "crop_size": {"height": 16, "width": 16}}, "bicubic resize to 20 x 20 and centre crop"),
+    ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20},
+      "crop_size": 16}, "mean .481 .458 .408, .*, bicubic resize to 20 and centre crop"),
+])
+def test_pictures_are_prepared_as_the_checkpoint_says(wants, said, tmp_path):
+    """The oracle is transformers' own image processor: equal but for a level of rounding."""
+    path = save_small_vit(tmp_path / "m", wants)
+    vit = read_vit(path)
+    pixels, notes = data.transfer_pixels(vit, "folder")
+    assert re.search(said, str(pixels)) and str(pixels).startswith("16 pixels") and notes == []
+    transform, _ = data.transfer_transforms("folder", pixels.size, pixels.mean, pixels.std,
+                                            pixels.interpolation, pixels.resize)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (41, 53, 3), np.uint8))
+    processor = transformers.AutoImageProcessor.from_pretrained(path)
+    size = {} if "size" in wants else {"size": {"height": 16, "width": 16}}
+    wanted = processor(image, return_tensors="pt", **size)["pixel_values"][0]
+    ours = transform(image)
+    assert ours.shape == wanted.shape == (3, 16, 16)
+    levels = (ours - wanted).abs() * 255 * torch.tensor(pixels.std)[:, None, None]
+    assert levels.max() < 1.6 and levels.mean() < .3
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"size": 32}', "makes pictures of 32 x 32, but config.json says .* takes 16 x 16"),
+    ("{oops", "is not readable"), ('{"image_mean": [0.5]}', "have 1 and 3 numbers"),
+    ('{"image_processor_type": "Foo"}', "is not readable"), ('{"resample": 77}', "not readable")])
+def test_a_preprocessor_that_cannot_be_followed_is_named(content, words, tmp_path):
+    path = save_small_vit(tmp_path / "m")
+    (path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(common.UserError, match=words) as caught:
+        read_vit(path)
+    assert "preprocessor_config.json" in str(caught.value)
+
+
+def test_flags_and_protocols_against_the_checkpoint(tmp_path):
+    deit = {"image_processor_type": "DeiTImageProcessor", "size": 20, "crop_size": 16, **IMAGENET}
+    vit = read_vit(save_small_vit(tmp_path / "m", deit))
+    own, _ = data.transfer_pixels(vit, "folder", "imagenet")
+    assert own == vit.pixels and own.resize == (20, 20)
+    half, (note,) = data.transfer_pixels(vit, "folder", "half")
+    assert (half.mean, half.std, half.resize) == (*data.NORMS["half"], (20, 20))
+    assert "--norm half, though the checkpoint says" in note and ".485 .456 .406" in note
+    vtab, (note,) = data.transfer_pixels(vit, "vtab")
+    assert vtab.resize is None and vtab.mean == own.mean and "resize to 20 x 20" in note
+    plain = read_vit(save_small_vit(tmp_path / "p", {"size": 16}))
+    fgvc, (note,) = data.transfer_pixels(plain, "fgvc")
+    assert fgvc.mean == (.5,) * 3 and "VPT reads FGVC with --norm imagenet" in note
+
+
+def test_a_vit_of_oblong_pictures_and_patches(tmp_path):
+    vit = read_vit(save_small_vit(tmp_path / "m", image_size=(16, 24), patch_size=(8, 4)))
+    pixels, _ = data.transfer_pixels(vit, "vtab")
+    assert pixels.size == (16, 24) and str(pixels).startswith("16 x 24 pixels")
+    images = data.Images(np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8))
+    part = (images, np.arange(8) % 2)
+    task = data.transfer_task(data.Splits("x", "vtab", 2, part, part, part), vit)
+    assert task.train.tokens.shape == (16, 1 + 2 * 6, 16)
+    model = pro_vpt.PromptedViT(vit, 2, [1, 1])
+    assert model.bound == pytest.approx(math.sqrt(6 / (3 * 8 * 4 + 16)))
+    with pytest.raises(common.UserError, match=r"cropped to squares, .* 16 x 24"):
+        data.transfer_task(data.Splits("x", "fgvc", 2, part, part, part), vit)
+
+
+def test_a_run_says_its_model_and_knows_it_again(tmp_path, capsys):
+    write_vtab(tmp_path, ["kitti"])
+    path = save_small_vit(tmp_path / "vit", IMAGENET)
+    words = real_words(tmp_path, path, "--dataset", "vtab-kitti", "--method", "linear,vpt-deep",
+                       "--out-dir", tmp_path / "out")
+    pro_vpt.main([str(w) for w in words])
+    line = ("ViTModel of vit, 2 blocks, 0 weights missing, LayerNorm eps 1e-06 (the checkpoint "
+            "says 1e-12), 16 pixels, mean .485 .456 .406, std .229 .224 .225, bilinear resize")
+    assert capsys.readouterr().err.splitlines().count(f"model: {line}") == 1
+    before = result(tmp_path / "out")
+    assert before["sources"]["model"] == line
+    again = [*words, "--resume"]
+    pro_vpt.main([str(w) for w in again])  # nothing is left to do, and what was read is still known
+    assert result(tmp_path / "out") == before
+    saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    del saved["state"]["done"]["vtab-kitti/vpt-deep/test/0"]
+    torch.save(saved, tmp_path / "out" / "checkpoint.pt")
+    save_small_vit(path, IMAGENET, lambda s: {**s, "layernorm.bias": s["layernorm.bias"] + 1})
+    assert exit_code(pro_vpt.main, again) == 2
+    assert "--resume: the model of this run were others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preprocessor", [None, IMAGENET])
+def test_a_warm_cache_does_without_a_network(preprocessor, tmp_path, monkeypatch):
+    """As huggingface_hub keeps a repository; the hub itself cannot be reached."""
+    repository = tmp_path / "models--org--vit"
+    save_small_vit(repository / "snapshots" / "abc", preprocessor)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:9")
+    vit = data.vit_backbone("org/vit", 1e-6, 0, "cpu", tmp_path)
+    assert vit.said.startswith("ViTModel of org/vit, 2 blocks")
+    assert (vit.pixels and list(vit.pixels.mean)) == (preprocessor and IMAGENET["image_mean"])
+    with pytest.raises(common.UserError, match="http://localhost:9 does not answer"):
+        data.vit_backbone("org/other", 1e-6, 0, "cpu", tmp_path)
+
+
+def test_data_are_looked_for_before_weights(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise AssertionError("the weights were asked for first")
+    monkeypatch.setattr(data, "vit_backbone", refuse)
+    words = ["--model", "google/vit-base-patch16-224-in21k", "--out-dir", tmp_path / "out"]
+    assert exit_code(pro_vpt.main, ["--dataset", "folder:/nowhere", *words]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_norm_for_the_tiny_vit_is_refused(capsys):
+    assert exit_code(pro_vpt.main, ["--norm", "imagenet"]) == 2
+    assert "--norm imagenet is for checkpoints" in capsys.readouterr().err
 
 
 def test_the_head_is_drawn_as_the_authors_draw_it():
@@ -703,8 +887,8 @@ def test_the_suite_prints_group_means_beside_the_papers(tmp_path, capsys):
     words = real_words(tmp_path, save_vit(tmp_path / "vit"), "--suite", "vtab", "--method",
                        "linear,pro-vpt", "--epochs", "1", "--out-dir", tmp_path / "out")
     pro_vpt.main([str(w) for w in words])
-    found, table = result(tmp_path / "out")["results"], capsys.readouterr().out
-    assert len(found) == 38
+    found, (table, err) = result(tmp_path / "out")["results"], capsys.readouterr()
+    assert len(found) == 38 and len(re.findall("^model: ", err, re.M)) == 1
     means = []
     for tasks in data.VTAB_GROUPS.values():
         means.append(np.mean([found[f"vtab-{t}/linear/test/0"]["accuracy"] for t in tasks]))
@@ -826,7 +1010,8 @@ def planted_task(cache):
     words = planted_words(cache, "--truth", "0,0,0,4,20,0", "--head-init", "linear")
     args = pro_vpt.read_arguments(list(map(str, words)))
     run = SimpleNamespace(rank_zero_first=NoRank, progress=lambda items, *_, **__: items,
-                          sources={}, source=lambda *_: None, device=torch.device("cpu"))
+                          device=torch.device("cpu"),
+                          sources={"model": "known", "pictures": "known"})
     return pro_vpt.build_task(args, run, "planted", "test"), args
 
 
@@ -964,7 +1149,8 @@ def test_ctrl_c_says_how_to_go_on(short, tmp_path):
     wait_for_rows(folder, 5, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
-    assert len(err.strip().splitlines()) == 1 and "--resume" in err and str(folder) in err
+    (line,) = complaints(err)
+    assert "--resume" in line and str(folder) in line
 
 
 def test_two_processes_give_the_numbers_of_one(short, tmp_path):
@@ -1037,8 +1223,8 @@ def test_bad_input_is_one_line(cache, planted_task, tmp_path, monkeypatch, capsy
     code = exit_code(pro_vpt.main, [*folder, "--seed", "3", *flags, *out])
     err = capsys.readouterr().err.splitlines()
     assert code == (3 if "finite" in words else 2), err
-    assert [line.startswith("pictures: ") for line in err[:-1]] in ([], [True])
-    assert words in err[-1] and err[-1].startswith("error: ")
+    (err,) = complaints(err)
+    assert words in err and err.startswith("error: ")
     assert not (tmp_path / "out" / "result.json").exists()
 
 
@@ -1072,7 +1258,8 @@ def test_a_damaged_tree_is_one_line(tmp_path, capsys, how, words):
                        tmp_path / "out")
     assert exit_code(pro_vpt.main, flags) == 2
     err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    (err,) = complaints(err)
+    assert words in err and err.startswith("error: ")
 
 
 @pytest.mark.parametrize("kind", ["vtab", "fgvc"])

@@ -82,6 +82,13 @@ def exit_code(main, words):
     return stop.value.code
 
 
+def complaints(err):
+    """The lines of stderr that do not say what was read ("pictures: ..", "texts: ..", ...)."""
+    return [line for line in err.splitlines()
+            if line and not re.match(
+                r"(pictures|model|texts|encoder|problems?)\b[^:]*: ", line)]
+
+
 def result(folder):
     """The content of a finished run's result.json."""
     return json.loads((Path(folder) / "result.json").read_text())
