@@ -129,6 +129,7 @@ class SplitEncoder(nn.Module):
     The parts call the encoder's own blocks in the encoder's own order on tensors that are not
     copied, so loss, logits and all gradients are those of the unsplit model bit for bit, and
     dropout draws the same masks from torch's generator in the same order.
+    Fits: encoders built like transformers' BertModel, any device; not decoders.
     """
 
     def __init__(self, encoder, num_classes, dropout=0.0):
@@ -314,6 +315,7 @@ class Link:
     Gradients take the same way backwards: the chain rule of a product with W is a product with Wᵀ.
     So what crosses is rotated in both directions, and whoever turned states turns gradients back.
     sent: bytes by exchange since it was last cleared.
+    Fits: any model cut in three, any device; both sides live in one autograd graph.
     """
 
     def __init__(self, codecs=None, rotation=None, mode="link"):
