@@ -18,7 +18,7 @@ import common
 import data
 import fedpurel
 from benchmarks import fedpurel_plain as plain
-from tools import PATIENCE, ROOT, foreign_names, paste
+from tools import PATIENCE, ROOT
 
 KINDS = ["prompt", "lora", "adapter"]
 CLASSES, CLIENT_SIZES, TEST_SIZES = 5, (10, 13, 3), (6, 5, 7)
@@ -900,26 +900,8 @@ def test_a_long_tail_is_cut_out_of_the_training_part_only(order):
 
 
 # ================================================================================================
-# Portability and the benchmark
+# The header and the benchmark
 # ================================================================================================
-
-
-def test_foreign_names_are_found():
-    source = ("K = 2\ndef f(x):\n    return [torch.exp(x) + common.y + K for _ in range(2)]\n"
-              "class A:\n    def g(self, args):\n        return f(args.z) + LIMIT\n")
-    assert foreign_names(source, {"torch"}) == {"common", "LIMIT"}
-    assert foreign_names("def f():\n    import data\n    return data", set()) == set()
-
-
-def test_the_method_can_be_pasted_into_other_code():
-    pasted = paste("fedpurel.py", torch=torch, nn=nn, F=F, math=math, copy=copy)
-    z, f = randn(3, 4, seed=1), randn(3, 4, seed=2)
-    assert pasted["tkl_loss"](z, f).equal(fedpurel.tkl_loss(z, f))
-    assert pasted["purify_gradient"](f, -f).abs().max() < 1e-15
-    assert pasted["fedavg"]([{"a": z}, {"a": f}], [1, 1])["a"].equal((z + f) / 2)
-    clip, tokens = tiny_clip(), tokens_of(NAMES)
-    logits = pasted["TunedCLIP"](clip, "prompt", z, tokens).double()(randn(2, 16))
-    assert logits.shape == (2, CLASSES) and logits.isfinite().all()
 
 
 def test_marks_of_the_header_stand_in_the_code_and_the_other_way_round():
