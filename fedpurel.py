@@ -546,7 +546,8 @@ def purify_gradient(task_grad, align_grad, strength=1.0):
 
     task_grad, align_grad: tensors of one shape; strength λ_p in [0, 1] -> tensor of that shape. At
     λ_p = 1 a small step along the result does not increase the alignment loss (of plain gradient
-    descent; momentum and decay come after it). Clip and unscale before it.
+    descent; momentum, decay and clipping come after it). The result scales with task_grad, and the
+    scale of align_grad cancels, so a GradScaler may stay where it is.
     Two gradients mean two calls of torch.autograd.grad, which bypasses the hooks of
     DistributedDataParallel: there, average both over all processes yourself (all_reduce), then
     purify. Purified per process and averaged afterwards they would be something else.

@@ -55,7 +55,8 @@ class Projection(nn.Module):
 
     U spans the principal directions of what crosses on public texts; the rest is dropped. Of all
     linear codes of m numbers it has the least squared error on those texts.
-    projection(x) -> what the other side recovers. Fits: any floating dtype and device.
+    projection(x) -> what the other side recovers, and the bytes that went.
+    Fits: any floating dtype and device.
     """
 
     def __init__(self, basis):
@@ -63,7 +64,8 @@ class Projection(nn.Module):
         self.register_buffer("basis", basis)
 
     def forward(self, x):
-        return self.decode(self.encode(x))
+        y = self.encode(x)
+        return self.decode(y), y.element_size() * y.numel()
 
     def encode(self, x):
         return x @ self.basis.to(x.dtype)  # (..., m)

@@ -121,7 +121,10 @@ def use_tkl(p, dtype):
 
 def use_purify(p, dtype):
     a = number(40, 5, seed=1, dtype=dtype, scale=1e-3)
-    return p.purify_gradient(number(40, 5, dtype=dtype) - 900 * a, a), p.purify_gradient(a, 0 * a)
+    task = number(40, 5, dtype=dtype) - 900 * a
+    found = p.purify_gradient(task, a)
+    assert p.purify_gradient(8 * task, 2 * a).equal(8 * found)  # as under a GradScaler
+    return found, p.purify_gradient(a, 0 * a)
 
 
 def use_fedavg(p, dtype):
@@ -472,7 +475,12 @@ def rotation_of(p, dtype, seed=0):
 
 def projection_of(p, dtype, seed=0):
     basis = torch.linalg.qr(randn(12, 4, seed=seed))[0].bfloat16()
-    return p.Projection(basis.to(dtype)), lambda m: [m(number(5, 12, seed=7).to(m.basis))]
+
+    def call(m):
+        received, size = m(number(5, 12, seed=7).to(m.basis))
+        assert size == 5 * 4 * m.basis.element_size()
+        return [received]
+    return p.Projection(basis.to(dtype)), call
 
 
 USES = {
