@@ -129,7 +129,7 @@ class SeedLayerNorm(nn.Module):
 
 
 class TaskBlock(nn.Module):
-    """A pre-norm encoder block over K task tokens (E2). attend=False: each sees only itself."""
+    """A pre-norm encoder block over K task tokens. attend=False: each sees only itself."""
 
     def __init__(self, width, heads, generators, attend=True):
         super().__init__()
@@ -168,6 +168,8 @@ class CoAction(nn.Module):
     n_objs: [m_1 ... m_K]; n_vars: [n_1 ... n_K]; width: a multiple of heads (ValueError otherwise);
     generators: one torch.Generator per seed for the initial draw (default: torch's own, one seed);
     attend, embed: False for the ablations.
+    Fits: any tasks whose objectives torch can differentiate, any floating dtype and device; train
+    it in float32 or float64. Solutions lie in the unit cube: scale them to your bounds.
     """
 
     def __init__(self, n_objs, n_vars, width=64, layers=3, heads=4, generators=(None,),
@@ -286,7 +288,7 @@ def modified_tchebycheff(values, preferences, rho=.01):
 
 
 def dirichlet_preferences(steps, batch, n_obj, generator=None):
-    """Preferences ~ Dirichlet(1, ..., 1) + 1e-4. -> (steps, batch, m)."""
+    """Preferences ~ Dirichlet(1, ..., 1) + 1e-4. -> (steps, batch, m), on the CPU."""
     # Exponential variables over their sum are uniform on the simplex. 1e-4 keeps 1 / p finite.
     e = -torch.rand(steps, batch, n_obj, generator=generator).clamp_min(1e-30).log()
     return e / e.sum(-1, keepdim=True) + 1e-4

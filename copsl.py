@@ -100,11 +100,13 @@ TUNED = {
 
 
 class CoPSL(nn.Module):
-    """K Pareto sets over one shared layer (E1), S independent networks ("seeds") at once.
+    """K Pareto sets over one shared layer, S independent networks ("seeds") at once.
 
     n_obj: m; n_vars: [n_1 ... n_K]; generators: one torch.Generator per seed for the initial draw
     (default: torch's own, one seed). forward(p (S, B, m)) -> list of K solutions (S, B, n_k) in the
-    unit cube.
+    unit cube: scale them to your bounds.
+    Fits: any problem whose objectives torch can differentiate, any floating dtype and device; train
+    it in float32 or float64. One optimiser serves all S, as no seed's loss sees another's weights.
     """
     shared = True
 
@@ -185,13 +187,15 @@ class PSL(CoPSL):
 
 
 def scalarize(values, preferences, kind, ideal=0.0, rho=.01, gamma=100.0, mu=.1, cosmos_sign=-1):
-    """One number per solution, to be minimised (E2).
+    """One number per solution, to be minimised.
 
     values f: (..., m); preferences p > 0: (..., m), broadcast against them; ideal z: (m,) or number
-    kind: "ls", "tch", "mtch", "cosmos" as in the paper; "stch" smooth Tchebycheff (Lin et al. 2024)
-    and "smtch" its form with weights 1/p, as mtch has them, normalised to sum 1
+    kind: "ls", "tch", "mtch", "cosmos" as CoPSL has them; "stch" smooth Tchebycheff (Lin et al.
+    2024) and "smtch" its form with weights 1/p, as mtch has them, normalised to sum 1
     rho: weight of the sum that keeps (m)tch strictly monotone; gamma, cosmos_sign: COSMOS's angle
     term; mu > 0: how smooth the maximum is, in units of f -> (...). ValueError: another kind.
+    All objectives are minimised and should be of one size: divide by their range first.
+    Fits: float32 and float64 (1 / p of a small p leaves float16), any device.
     """
     f, p = values - ideal, preferences
     # A weighted sum finds the point of the front whose tangent is normal to p: convex parts only.
@@ -217,7 +221,10 @@ def scalarize(values, preferences, kind, ideal=0.0, rho=.01, gamma=100.0, mu=.1,
 
 
 def dirichlet_preferences(steps, batch, n_obj, generator=None):
-    """Preferences ~ Dirichlet(1, ..., 1) + 1e-4, as the paper. -> (steps, batch, m)."""
+    """Preferences ~ Dirichlet(1, ..., 1) + 1e-4, as the paper. -> (steps, batch, m).
+
+    Fits: drawn in torch's default dtype on the CPU, from a generator there; move them with .to().
+    """
     # Exponential variables over their sum are uniform on the simplex. 1e-4 keeps 1 / p finite.
     e = -torch.rand(steps, batch, n_obj, generator=generator).clamp_min(1e-30).log()
     return e / e.sum(-1, keepdim=True) + 1e-4
@@ -229,6 +236,7 @@ def even_preferences(steps, batch, n_obj, generator=None, stretch=.05):
     30 random preferences leave gaps and clumps, and hardly ever an end of the front. These are a
     lattice, moved by a random shift a step. For m > 2 not even-handed: a cut that is clipped to 0
     or 1 makes the first or the last objective's share 0, seldom a middle one's.
+    Fits: drawn in torch's default dtype on the CPU, from a generator there; move them with .to().
     """
     # 1. A preference of m numbers that sum to 1 is a stick cut in m - 1 places; cuts that are
     #    uniform on [0, 1] and sorted make preferences that are uniform on the simplex.
@@ -255,6 +263,7 @@ def update_range(ideal, nadir, values, keep=.9):
 
     ideal: the smallest value so far; nadir: moving average of a batch's largest. ideal, nadir:
     (..., 1, m) or None at first; values: (..., B, m) -> (ideal, nadir), detached.
+    Fits: any floating dtype and device; keep the ranges in float32 or float64.
     """
     low, high = values.detach().aminmax(dim=-2, keepdim=True)
     if ideal is None:
@@ -265,10 +274,13 @@ def update_range(ideal, nadir, values, keep=.9):
 
 
 def gradnorm_weights(weights, losses, first_losses, norms, optimizer, alpha=1.75):
-    """One GradNorm step (E4): move the weights so that all problems train at one rate.
+    """One GradNorm step: move the weights so that all problems train at one rate.
 
     weights: (S, K) or (K,) leaf tensor that `optimizer` steps, changed in place, sum K afterwards;
-    losses, first_losses: alike, L_k now and at step 0; norms: alike, ‖∇_W L_k‖ unweighted.
+    losses, first_losses: alike, L_k now and at step 0, positive; norms: alike, ‖∇_W L_k‖ unweighted
+    for a W that all problems share.
+    Fits: float32 and float64, any device. Under DistributedDataParallel the norms are those of one
+    process: average them over all first.
     """
     # A problem that has come less far than the others (r_k > 1) should pull harder: its weighted
     # gradient norm G_k is drawn to mean(G) · r_k^α. α says how strongly rates are made equal.
@@ -287,7 +299,10 @@ def gradnorm_weights(weights, losses, first_losses, norms, optimizer, alpha=1.75
 
 
 def clip_gradients(parameters, limit):
-    """Scale each seed's gradient over all parameters (S, ...) to norm <= limit, in place."""
+    """Scale each seed's gradient over all parameters (S, ...) to norm <= limit, in place.
+
+    Fits: float32 and float64, any device.
+    """
     # torch.nn.utils.clip_grad_norm_ would take one norm over all S networks.
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (S,)

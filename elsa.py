@@ -132,6 +132,7 @@ class SplitEncoder(nn.Module):
     The parts call the encoder's own blocks in the encoder's own order on tensors that are not
     copied, so loss, logits and all gradients are those of the unsplit model bit for bit, and
     dropout draws the same masks from torch's generator in the same order.
+    Fits: encoders built like transformers' BertModel, any device; not decoders.
     """
 
     def __init__(self, encoder, num_classes, dropout=0.0):
@@ -183,7 +184,7 @@ class SplitEncoder(nn.Module):
         return self.part3(x, bias, q)  # client again: (B, C)
 
 
-class CountSketch:
+class CountSketch(nn.Module):
     """k rows of w signed sums: y_(r,b) = Σ_(i: h_r(i) = b) s_r(i) x_i; kw numbers for D.
 
     width D; ratio ρ in (0, 1], w = ⌊ρD / k⌋ >= 1; recovery "median" or "mean" of the k estimates
@@ -192,40 +193,43 @@ class CountSketch:
     and median (all other signs turned round turn the error round). With one row E‖x̂ - x‖² =
     (D / w - 1) ‖x‖² for w dividing D. The count sketch was made for vectors with few large
     entries: dense states break its median.
-    sketch(x) -> what the other side recovers, and the bytes that went: a codec, see Link.
-
-    UNSPECIFIED 8: hashes are drawn once per run, and each row deals a random permutation over its
-    buckets. Independent hashes would leave buckets empty, so that even ρ = 1 would lose something;
-    dealt ones are exact at ρ = 1, k = 1.
+    sketch(x) -> what the other side recovers, and the bytes that went.
+    Both sides need the same hashes: the same generator's seed, or the one's state_dict.
+    Fits: any floating dtype and device (the pseudo-inverse of "lsq" is computed on the CPU, once);
+    vectors of a fixed width in the last axis.
     """
 
+    # UNSPECIFIED 8: hashes are drawn once per run, and each row deals a random permutation over its
+    # buckets. Independent hashes would leave buckets empty, so that even ρ = 1 would lose
+    # something; dealt ones are exact at ρ = 1, k = 1.
+
     def __init__(self, width, ratio, rows=3, recovery="median", generator=None):
+        super().__init__()
         w = int(ratio * width / rows)
         if w < 1:
             raise ValueError(f"ratio {ratio} of {width} leaves no bucket for each of {rows} rows")
+        if recovery not in ("median", "mean", "lsq"):
+            raise ValueError(f"recovery {recovery!r}: expected median, mean or lsq")
         # h_r(i): the position of i in row r's permutation, modulo w, so that every bucket gets
         # ⌊D / w⌋ or one more. Row r's buckets stand at rw..(r + 1)w - 1 of the kw sums.
         order = torch.stack([torch.randperm(width, generator=generator) for _ in range(rows)])
-        self.bucket = order % w + w * torch.arange(rows)[:, None]  # (k, D)
+        bucket = order % w + w * torch.arange(rows)[:, None]  # (k, D)
         # s_r(i) = ±1: what else fell into a bucket is as likely to add as to take away, which is
         # why an estimate is right on average
-        self.sign = torch.randint(0, 2, (rows, width), generator=generator) * 2.0 - 1  # (k, D)
-        self.matrix = torch.zeros(width, rows * w)  # (D, kw): x @ matrix is the sketch
-        for bucket, sign in zip(self.bucket, self.sign, strict=True):
-            self.matrix[torch.arange(width), bucket] = sign
+        sign = torch.randint(0, 2, (rows, width), generator=generator) * 2.0 - 1  # (k, D)
+        matrix = torch.zeros(width, rows * w)  # (D, kw): x @ matrix is the sketch
+        for b, s in zip(bucket, sign, strict=True):
+            matrix[torch.arange(width), b] = s
         self.recovery, self.rows = recovery, rows
         # The way back, where it is linear. mean: 1/k Σ_r s_r(i) y_(r, h_r(i)) is a product with the
         # transpose. lsq: the pseudo-inverse, so that x̂ is x projected on what the sketch can see;
         # its cut-off keeps what the sketch hardly sees from being blown up.
-        self.back = self.matrix.T / rows  # (kw, D)
+        back = matrix.T / rows  # (kw, D)
         if recovery == "lsq":
-            self.back = torch.linalg.pinv(self.matrix.double(), rtol=1e-6).float()
-
-    def to(self, device):
-        """Moves the tables, as a module's `to` would -> itself."""
-        for name in ("bucket", "sign", "matrix", "back"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
+            back = torch.linalg.pinv(matrix.double(), rtol=1e-6).float()
+        for name, table in zip(("bucket", "sign", "matrix", "back"), (bucket, sign, matrix, back),
+                               strict=True):
+            self.register_buffer(name, table)
 
     def encode(self, x):
         # Step 9: y_(r,b) = Σ_(i: h_r(i) = b) s_r(i) x_i. One product, the same as
@@ -248,20 +252,24 @@ class CountSketch:
         ordered = torch.stack(estimates, -1).sort(-1).values  # (..., D, k)
         return (ordered[..., (self.rows - 1) // 2] + ordered[..., self.rows // 2]) / 2
 
-    def __call__(self, x):
+    def forward(self, x):
         y = self.encode(x)
-        return self.decode(y), 4 * y.numel()
+        return self.decode(y), y.element_size() * y.numel()
 
 
-class SubspaceRotation:
+class SubspaceRotation(nn.Module):
     """SS-OP: an orthogonal W that turns states inside a subspace and leaves the rest alone.
 
     basis V (D, r) with orthonormal columns, turn Q (r, r) orthogonal.
     rotate: H W, unrotate: H Wᵀ, both (..., D) -> (..., D), at 4rD instead of 2D² operations each.
+    Fits: any floating dtype (unrotate(rotate(h)) is h up to its rounding) and device. V and Q are
+    the secret, and stand in the state_dict: do not send it to those who are not to know W.
     """
 
     def __init__(self, basis, turn):
-        self.basis, self.turn = basis, turn
+        super().__init__()
+        self.register_buffer("basis", basis)
+        self.register_buffer("turn", turn)
 
     @staticmethod
     def random_turn(rank, generator):
@@ -277,8 +285,8 @@ class SubspaceRotation:
         # W itself is never built; this is the same as
         #     W = torch.eye(D) + V @ (Q - torch.eye(r)) @ V.T;  return h @ W
         turn = self.turn.T if back else self.turn
-        basis = self.basis.to(h.dtype)
-        change = turn.to(h.dtype) - torch.eye(len(turn), dtype=h.dtype, device=h.device)
+        turn = turn.to(torch.promote_types(turn.dtype, h.dtype))
+        basis, change = self.basis.to(h.dtype), (turn - torch.eye(len(turn)).to(turn)).to(h.dtype)
         return h + h @ basis @ change @ basis.T  # (..., D) -> (..., r) -> (..., r) -> (..., D)
 
     def unrotate(self, h):
@@ -310,6 +318,7 @@ class Link:
     Gradients take the same way backwards: the chain rule of a product with W is a product with Wᵀ.
     So what crosses is rotated in both directions, and whoever turned states turns gradients back.
     sent: bytes by exchange since it was last cleared.
+    Fits: any model cut in three, any device; both sides live in one autograd graph.
     """
 
     def __init__(self, codecs=None, rotation=None, mode="link"):
@@ -378,16 +387,22 @@ class Crossing(torch.autograd.Function):
 
 
 def principal_directions(x, rank):
-    """The top right singular vectors of x (N, D) -> (D, rank), rank at most min(N, D)."""
+    """The top right singular vectors of x (N, D) -> (D, rank), rank at most min(N, D).
+
+    Not centred. Fits: any floating dtype (computed in float64) and device with an SVD.
+    """
     return torch.linalg.svd(x.double(), full_matrices=False).Vh[:rank].T.to(x.dtype)
 
 
 def gaussian_fingerprint(states, basis, ridge=.05):
     """N(μ, Σ) of [CLS] states (Q, D) in the subspace of basis (D, k) -> (k,), (k, k), float64.
 
-    UNSPECIFIED 1: Σ of Q <= D states is singular and the KL divergence of singular Gaussians is not
-    defined, so states are read in the pooled probes' top k directions and Σ gets a ridge.
+    basis: one for all clients, e.g. the top k directions of all their states pooled and centred.
+    ridge: share of Σ's mean variance that is added to it.
+    Fits: any floating dtype (computed in float64) and device.
     """
+    # UNSPECIFIED 1: Σ of Q <= D states is singular and the KL divergence of singular Gaussians is
+    # not defined, so states are read in the pooled probes' top k directions and Σ gets a ridge.
     z = states.double() @ basis.double()  # (Q, k)
     # Step 2. How a client's model answers the public probes, as a cloud of points: where it lies
     # (μ) and how it spreads (Σ, divided by Q, not Q - 1). No label and no private text is in it.
@@ -401,7 +416,10 @@ def gaussian_fingerprint(states, basis, ridge=.05):
 
 
 def symmetric_kl(p, q):
-    """½ [KL(p‖q) + KL(q‖p)] of two Gaussians (μ, Σ), in nats; the determinants cancel."""
+    """½ [KL(p‖q) + KL(q‖p)] of two Gaussians (μ, Σ), in nats; the determinants cancel.
+
+    p, q: pairs (k,), (k, k), Σ positive definite -> scalar. Fits: float32 and float64, any device.
+    """
     (mu_p, sigma_p), (mu_q, sigma_q) = p, q
     precision_p, precision_q = torch.linalg.inv(sigma_p), torch.linalg.inv(sigma_q)  # (k, k)
     gap = mu_p - mu_q  # (k,)
@@ -415,13 +433,16 @@ def symmetric_kl(p, q):
 def trust_scores(distance, probabilities, neighbours=3):
     """How far each client's probe predictions agree with its behavioural neighbours' -> (N,).
 
-    distance (N, N); probabilities (N, Q, C): every client's predictions on the probes.
-    UNSPECIFIED 2: honest clients hold different classes and so predict them unequally often. Each
-    is therefore read relative to its own prior, and judged by what it can know: a probe counts as
-    much as the client's prior of the class that the neighbours agree on. Plain agreement takes
-    label skew for dishonesty (benchmarks/RESULTS.md has both).
+    distance (N, N); probabilities (N, Q, C), not logits: every client's predictions on the probes
+    -> float64 in [0, 1]. It ranks clients of one federation; drop those far below the median.
+    Fits: any floating dtype (computed in at least float32) and device; all on one.
     """
+    # UNSPECIFIED 2: honest clients hold different classes and so predict them unequally often. Each
+    # is therefore read relative to its own prior, and judged by what it can know: a probe counts as
+    # much as the client's prior of the class that the neighbours agree on. Plain agreement takes
+    # label skew for dishonesty (benchmarks/RESULTS.md has both).
     n = len(distance)
+    probabilities = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
     # Step 4. Probes have no labels, so the only witnesses of a client are other clients: those
     # whose states look most like its own, who should have learned the same. However far an
     # unreliable client is from all, it has nearest neighbours too, and contradicts them.
@@ -433,7 +454,7 @@ def trust_scores(distance, probabilities, neighbours=3):
     prior = probabilities.mean(1)  # (N, C)
     lift = probabilities / prior[:, None].clamp(min=1e-12)
     lift = lift / lift.sum(-1, keepdim=True)  # (N, Q, C)
-    far = distance + torch.diag(torch.full((n,), torch.inf, dtype=distance.dtype))  # not oneself
+    far = distance + torch.diag(distance.new_full((n,), torch.inf))  # not oneself
     scores = []
     for k in range(n):
         # What the m nearest say together, each as loudly as it is sure (the largest of its lifts):
@@ -452,7 +473,11 @@ def trust_scores(distance, probabilities, neighbours=3):
 
 
 def cluster_clients(distance, clusters):
-    """Average-linkage agglomeration of (N, N) distances into at most `clusters` -> N labels 0.."""
+    """Average-linkage agglomeration of (N, N) distances into at most `clusters` -> N labels 0..
+
+    distance: symmetric, 0 on the diagonal.
+    Fits: any floating dtype and device; scipy does it on the CPU.
+    """
     from scipy.cluster.hierarchy import fcluster, linkage
 
     # Step 5. UNSPECIFIED 3: the linkage and the number of clusters. Everybody starts alone; the two
@@ -461,7 +486,8 @@ def cluster_clients(distance, clusters):
     if len(distance) == 1:
         return [0]
     upper = distance[tuple(torch.triu_indices(*distance.shape, 1))]  # (N (N - 1) / 2,)
-    return [int(c) - 1 for c in fcluster(linkage(upper.numpy(), "average"), clusters, "maxclust")]
+    tree = linkage(upper.double().cpu().numpy(), "average")
+    return [int(c) - 1 for c in fcluster(tree, clusters, "maxclust")]
 
 
 def assign_edges(labels, distance, latency, capacity=None, tau_max=math.inf, lam=.5):
@@ -469,8 +495,10 @@ def assign_edges(labels, distance, latency, capacity=None, tau_max=math.inf, lam
 
     labels: N cluster numbers; distance R (N, N); latency (N, E) in ms; capacity: clients an edge
     takes (default: no limit); tau_max in ms; lam = λ in [0, 1], what behaviour weighs against
-    latency -> N edges. UNSPECIFIED 4, all of it.
+    latency -> N edges.
+    Fits: float32 and float64, any device; scipy does it on the CPU.
     """
+    # UNSPECIFIED 4, all of it
     from scipy.optimize import linear_sum_assignment
 
     n, edges = latency.shape
@@ -482,7 +510,7 @@ def assign_edges(labels, distance, latency, capacity=None, tau_max=math.inf, lam
     cost = torch.stack([latency[[k for k in range(n) if labels[k] == c]].mean(0)
                         for c in clusters])  # (clusters, E)
     rounds = -(-len(clusters) // edges)  # more clusters than edges: every edge is offered again
-    rows, columns = linear_sum_assignment(cost.repeat(1, rounds).numpy())
+    rows, columns = linear_sum_assignment(cost.repeat(1, rounds).double().cpu().numpy())
     home = {clusters[r]: int(c) % edges for r, c in zip(rows, columns, strict=True)}
     edge = [home[c] for c in labels]
     # Then the clients whom that does not suit, the slowest first, since they hold up the round and
@@ -514,13 +542,13 @@ def edge_price(k, e, edge, distance, latency, lam):
 
 
 def choose_cut(layers, fixed_bytes, block_bytes, memory, block_seconds, deadline):
-    """--split auto: the cut (p, q) that keeps as many blocks on the client as it can carry.
+    """The cut (p, q) that keeps as many blocks on the client as it can carry.
 
     memory in bytes, of which part 1 and 3 hold fixed_bytes (embeddings, head) and block_bytes each
     block; block_seconds per step and block of this client, deadline in seconds per step.
-    UNSPECIFIED 6: blocks are shared evenly between part 1 and part 3, part 1 first (it is what
-    hides the words); at least one block stays on the client and one on the edge.
     """
+    # UNSPECIFIED 6: blocks are shared evenly between part 1 and part 3, part 1 first (it is what
+    # hides the words); at least one block stays on the client and one on the edge.
     # Step 7 (v2). More blocks at home hide more and use less of the edge, until the device is full
     # or would hold up the round
     fits = (memory - fixed_bytes) // block_bytes
@@ -531,13 +559,16 @@ def choose_cut(layers, fixed_bytes, block_bytes, memory, block_seconds, deadline
 def fedavg(states, weights):
     """The weighted mean of parameter dicts: Σ_k n_k φ_k / Σ_k n_k.
 
-    states: dicts name -> tensor with the same names and shapes; weights: one number >= 0 each.
+    states: dicts name -> tensor with the same names and shapes; weights: one number >= 0 each, not
+    all 0. Fits: any dtype (computed in at least float32; counters are cut to whole numbers).
     """
     # Step 10: φ = Σ_k (n_k / Σ_j n_j) φ_k, of an edge's clients and then of the edges. With n the
     # number of texts below each, the mean of means is the mean over all clients.
     total = sum(weights)
-    return {name: sum(w / total * state[name] for state, w in zip(states, weights, strict=True))
-            for name in states[0]}
+    wide = {n: torch.promote_types(t.dtype, torch.float32) for n, t in states[0].items()}
+    return {name: sum(w / total * state[name].to(wide[name])
+                      for state, w in zip(states, weights, strict=True)).to(start.dtype)
+            for name, start in states[0].items()}
 
 
 def send_update(start, end, codec, width):

@@ -140,9 +140,13 @@ PHOTO_LR = {"prompt": (.1, .1), "lora": (.01, .03), "adapter": (.1, .3)}
 class PromptLearner(nn.Module):
     """Context vectors learned for all classes together (CoOp): texts "[V]1 ... [V]n name."
 
-    clip: an open_clip.CLIP with a causal text tower of nn.MultiheadAttention blocks; freeze it.
-    tokens: (C, L) ids of "X X X X name." with n_ctx words X; end-of-text is a row's largest id.
-    forward() -> (C, E) text features, not normalised. Only `ctx` (n_ctx, D) is to be trained.
+    clip: an open_clip.CLIP, or the .text of a CustomTextCLIP; its text tower is frozen here.
+    tokens: (C, L) ids of "X X X X name." with n_ctx words X, the same in all rows.
+    forward() -> (C, E) text features, not normalised: normalise them, as CLIP's own.
+    Trained is `ctx` (n_ctx, D) alone, in at least float32; in a federation send `ctx` alone, not
+    the state_dict, which holds the whole tower.
+    Fits: causal towers of nn.MultiheadAttention that are read at their end of text, any dtype and
+    device. SigLIP, CoCa and Hugging Face text towers are refused (ValueError).
     """
 
     # The plain version, as CoOp has it: write one sequence for each class,
@@ -161,11 +165,14 @@ class PromptLearner(nn.Module):
 
     def __init__(self, clip, tokens, n_ctx=4):
         super().__init__()
-        ends = tokens.argmax(dim=-1)  # (C,) position of end-of-text
+        ends = self._ends(clip, tokens, 1 + n_ctx)  # (C,) position of end-of-text
         prefix, length = 1 + n_ctx, int(ends.max()) + 1  # P, and P + S
         with torch.no_grad():
-            position = clip.positional_embedding[:length]
-            words = clip.token_embedding(tokens[:, :length])  # (C, P + S, D)
+            # Towers in half precision keep their embeddings in float32, or not: both are brought
+            # to what the blocks compute in.
+            like = clip.transformer.resblocks[0].attn.in_proj_weight
+            position = clip.positional_embedding[:length].to(like)
+            words = clip.token_embedding(tokens[:, :length]).to(like)  # (C, P + S, D)
         self.register_buffer("start", words[:1, :1].clone())  # (1, 1, D) start of text
         self.register_buffer("prefix_position", position[:prefix].clone())  # (P, D)
         # Nothing is learned in the suffixes, so words and positions are added up here, once. Short
@@ -177,15 +184,45 @@ class PromptLearner(nn.Module):
         self.register_buffer("mask", causal.bool())  # (S, P + S)
         self.blocks, self.ln_final = clip.transformer.resblocks, clip.ln_final
         self.projection = clip.text_projection
-        self.ctx = nn.Parameter(words.new_empty(n_ctx, words.shape[-1]))
+        self.requires_grad_(False)
+        # In half precision, small steps on so small a tensor would be rounded away.
+        self.ctx = nn.Parameter(at_least_float32(words.new_empty(n_ctx, words.shape[-1])))
         self.reset_parameters()
+
+    @staticmethod
+    def _ends(clip, tokens, prefix):
+        """Where each text is read, (C,). ValueError where the two streams are not the tower."""
+        blocks = getattr(getattr(clip, "transformer", None), "resblocks", None)
+        if not blocks or not all(isinstance(b.attn, nn.MultiheadAttention) for b in blocks):
+            raise ValueError("PromptLearner: expected the text tower of open_clip, with an "
+                             "nn.MultiheadAttention in each of transformer.resblocks")
+        mask = getattr(clip, "attn_mask", None)  # 0 where a position may look, -inf elsewhere
+        if mask is None or not (mask == 0).equal(torch.ones_like(mask).tril().bool()):
+            raise ValueError("PromptLearner: the text tower is not causal (attn_mask), so its "
+                             "context would change with the name behind it")
+        pool = getattr(clip, "text_pool_type", getattr(clip, "pool_type", None))
+        if pool not in ("argmax", "eos") or getattr(clip, "cls_emb", None) is not None:
+            raise ValueError("PromptLearner: the text tower is not read at its end of text, but "
+                             f"at {pool!r} or at a class token of its own")
+        if clip.text_projection is None or tokens.shape[-1] > len(clip.positional_embedding):
+            raise ValueError("PromptLearner: expected a text tower with a text_projection and "
+                             f"positions for {tokens.shape[-1]} tokens")
+        ends = tokens.argmax(-1)  # the largest id, as CLIP has it
+        if pool == "eos":
+            end = clip.text_eos_id if hasattr(clip, "text_eos_id") else clip.eos_id
+            ends = (tokens == end).int().argmax(-1)
+        if not (tokens[:, :prefix] == tokens[:1, :prefix]).all() or (ends < prefix).any():
+            raise ValueError("PromptLearner: expected every row of tokens to begin alike, with "
+                             f"start of text and {prefix - 1} context words, and to end behind")
+        return ends
 
     def reset_parameters(self):
         """N(0, 0.02²), as CoOp."""
         nn.init.normal_(self.ctx, std=.02)
 
     def forward(self):
-        x = torch.cat([self.start, self.ctx[None]], 1) + self.prefix_position  # (1, P, D)
+        context = self.ctx[None].to(self.start)  # (1, n_ctx, D)
+        x = torch.cat([self.start, context], 1) + self.prefix_position  # (1, P, D)
         y = self.suffix  # (C, S, D)
         for i, block in enumerate(self.blocks):
             x, y = self._block(block, x, y, last=i + 1 == len(self.blocks))
@@ -221,8 +258,12 @@ class AttentionLoRA(nn.Module):
     """A frozen attention whose query, key and value projections each get a rank-r update.
 
     W_j x + b_j + (α / √r) B_j A_j dropout(x) for j in q, k, v: rsLoRA scaling, A_j drawn by
-    Kaiming(√5), B_j zero. Takes the place of a batch-first nn.MultiheadAttention:
-    forward(query (B, N, D), key, value (B, M, D)) -> (attended (B, N, D), None).
+    Kaiming(√5), B_j zero. Takes the place of the nn.MultiheadAttention that it is given, which is
+    frozen here: forward(query (B, N, D), key, value (B, M, D)) -> (attended (B, N, D), None), or
+    (N, B, D) and so on where that is not batch-first. Masks mean what they mean there.
+    Trained are `down` (A) and `up` (B), kept in at least float32; in a federation send these alone.
+    Fits: nn.MultiheadAttention in open_clip, torchvision or nn.TransformerEncoderLayer, any dtype
+    and device; kdim, vdim, bias_k, add_zero_attn and attention weights are refused (ValueError).
     """
 
     # DEVIATION 6: peft's own layer for nn.MultiheadAttention puts one update on the packed (3D, D)
@@ -230,10 +271,21 @@ class AttentionLoRA(nn.Module):
     # refuses dropout, and also adapts the output projection. benchmarks/fedpurel_round.py measures
     # both.
 
+    # nn.TransformerEncoderLayer asks for these two; without a bias it keeps off its fused kernel,
+    # which would take the frozen weights and pass LoRA by.
+    in_proj_bias, _qkv_same_embed_dim = None, True
+
     def __init__(self, attention, rank=8, alpha=16, dropout=.25):
         super().__init__()
+        if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None or (
+                attention.bias_k is not None or attention.add_zero_attn):
+            raise ValueError("AttentionLoRA: expected an nn.MultiheadAttention with one width for "
+                             "query, key and value, without bias_k and add_zero_attn")
         self.attention, self.scale, self.dropout = attention, alpha / math.sqrt(rank), dropout
-        like, width = attention.in_proj_weight, attention.embed_dim
+        self.attention.requires_grad_(False)
+        self.batch_first = attention.batch_first
+        # In half precision, small steps would be rounded away.
+        like, width = at_least_float32(attention.in_proj_weight), attention.embed_dim
         self.down = nn.ParameterList(like.new_empty(rank, width) for _ in range(3))  # A_q, A_k, A_v
         self.up = nn.ParameterList(like.new_empty(width, rank) for _ in range(3))  # B_q, B_k, B_v
         self.reset_parameters()
@@ -245,26 +297,59 @@ class AttentionLoRA(nn.Module):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             nn.init.zeros_(b)
 
-    def forward(self, query, key=None, value=None, attn_mask=None, **_):
+    def forward(self, query, key=None, value=None, key_padding_mask=None, need_weights=False,
+                attn_mask=None, average_attn_weights=True, is_causal=False):
+        if need_weights or query.dim() != 3:
+            raise ValueError("AttentionLoRA: expected inputs of 3 dimensions and "
+                             "need_weights=False, as it has no attention weights to return")
         own = self.attention
-        inputs = (query, query if key is None else key, query if value is None else value)
+        inputs = [query, query if key is None else key, query if value is None else value]
+        if not self.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]  # (N, B, D) -> (B, N, D)
         # nn.MultiheadAttention keeps its three projections in one packed (3D, D) matrix.
-        weights, biases = own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3)
+        weights = own.in_proj_weight.chunk(3)
+        biases = [None] * 3 if own.in_proj_bias is None else own.in_proj_bias.chunk(3)
         heads = []
         for x, w, bias, a, b in zip(inputs, weights, biases, self.down, self.up, strict=True):
             # x Aᵀ first, then Bᵀ: 2rD multiplications a token; applying the product B A takes D².
-            update = F.dropout(x, self.dropout, self.training) @ a.T @ b.T
-            y = F.linear(x, w, bias) + self.scale * update  # (B, N, D)
+            update = F.dropout(x.to(a.dtype), self.dropout, self.training) @ a.T @ b.T
+            y = F.linear(x, w, bias)
+            y = y + (self.scale * update).to(y.dtype)  # (B, N, D)
             heads.append(y.unflatten(-1, (own.num_heads, -1)).transpose(1, 2))  # (B, heads, N, d)
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
-        return own.out_proj(mixed.transpose(1, 2).flatten(2)), None
+        if is_causal and attn_mask is None:
+            shape = inputs[0].shape[1], inputs[1].shape[1]  # N, M
+            attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1)
+        mixed = F.scaled_dot_product_attention(
+            *heads, attn_mask=self._mask(attn_mask, key_padding_mask, heads[0]),
+            dropout_p=own.dropout if self.training else 0.0)
+        mixed = own.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, D)
+        return mixed if self.batch_first else mixed.transpose(0, 1), None
+
+    def _mask(self, attn_mask, key_padding_mask, like):
+        """What is added to the logits (B, heads, N, M), or None. attn_mask (N, M) or (B · heads, N,
+        M), key_padding_mask (B, M): bool, True where nobody may look, or numbers to add."""
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, self.attention.num_heads))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[:, None, None]
+        total = None
+        for mask in (attn_mask, key_padding_mask):
+            if mask is None:
+                continue
+            # True has the opposite meaning in scaled_dot_product_attention, numbers the same one.
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+            mask = mask.to(like.dtype)
+            total = mask if total is None else total + mask
+        return total
 
 
 class FeatureAdapter(nn.Module):
     """Attention over the channels of an image feature: x (B, E) -> x · softmax(W2 tanh(W1 x)).
 
     As in FedCLIP. The softmax sums to 1, so the output is about E times shorter than x: normalise
-    it before it is compared with texts.
+    it afterwards, before it is compared with texts.
+    Fits: image features of any encoder, not normalised; any dtype and device.
     """
 
     def __init__(self, width, dtype=None):
@@ -281,12 +366,17 @@ class FeatureAdapter(nn.Module):
 
 
 def class_token_features(visual, pixels):
-    """Image features (B, E) of open_clip's VisionTransformer: visual(pixels), for less."""
+    """Image features (B, E) of open_clip's VisionTransformer: visual(pixels), for less.
+
+    Fits: any vision tower of open_clip, any dtype and device; only those that read a class token
+    get cheaper.
+    """
     # The plain version is visual(pixels). Of its last block only the class token is read, so only
     # that token's query, output projection and MLP are computed there; keys and values still come
     # from all N tokens. Towers that pool in another way, or need more behind it, run as they are.
     if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None \
-            or visual.final_ln_after_pool or visual.proj is None:
+            or visual.final_ln_after_pool or visual.proj is None \
+            or hasattr(visual.transformer.resblocks[-1], "ln_attn"):  # open_clip's other block
         features = visual(pixels)
         return features[0] if isinstance(features, tuple) else features  # CoCa: all tokens as well
     x = visual._embeds(pixels)  # (B, N, D) class token first, then patches
@@ -306,6 +396,9 @@ class TunedCLIP(nn.Module):
     kind "adapter": FeatureAdapter; forward takes image features (B, E) before normalisation
     kind "lora": AttentionLoRA in every block of a copy of the vision tower; forward takes pixels
     text: (C, E) normalised text features for lora and adapter. Everything but the part is frozen.
+    Leave it in eval mode: dropout(True) turns that of LoRA on. In a federation send the tensors
+    whose names draw() returns, no others.
+    Fits: open_clip.CLIP; prompt and lora where PromptLearner and AttentionLoRA fit.
     """
 
     def __init__(self, clip, kind, text, prompt_tokens=None, n_ctx=4, rank=8, alpha=16,
@@ -359,30 +452,50 @@ class TunedCLIP(nn.Module):
 # ================================================================================================
 
 
+def at_least_float32(x):
+    """x, in float32 if it is in half precision, where clamps like 1e-12 are 0 and long sums drown.
+
+    What the functions below return has their input's dtype again.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def entropy(probabilities):
-    """H(p) = -Σ_c p_c log p_c in nats, in [0, log C]. (..., C) -> (...)."""
-    return -(probabilities * probabilities.clamp_min(1e-12).log()).sum(-1)
+    """H(p) = -Σ_c p_c log p_c in nats, in [0, log C]. Probabilities, not logits: (..., C) -> (...).
+
+    Fits: any floating dtype (computed in at least float32) and device.
+    """
+    p = at_least_float32(probabilities)
+    return -(p * p.clamp_min(1e-12).log()).sum(-1).to(probabilities.dtype)
 
 
 def target_entropy(zero_shot_logits, tuned_logits):
-    """H*: midway between both predictions' entropies at temperature 1. (B, C) twice -> (B,)."""
+    """H*: midway between both predictions' entropies at temperature 1. Logits (B, C) twice -> (B,).
+
+    Fits: any floating dtype (computed in at least float32) and device.
+    """
     # How sure should two predictions be when they are compared? Neither side's level is the right
     # one, so the paper meets them half way, image by image.
     # Eq. (E1): H* = ½ [H(σ_1(f)) + H(σ_1(z))]
-    return .5 * (entropy(tuned_logits.softmax(-1)) + entropy(zero_shot_logits.softmax(-1)))
+    f, z = at_least_float32(tuned_logits), at_least_float32(zero_shot_logits)
+    midway = .5 * (entropy(f.softmax(-1)) + entropy(z.softmax(-1)))
+    return midway.to(torch.promote_types(zero_shot_logits.dtype, tuned_logits.dtype))
 
 
 def alignment_temperature(logits, target_entropy, low=.05, high=20.0, halvings=20):
-    """The temperature τ with H(softmax(logits / τ)) = target, per sample, by bisection (E2).
+    """The temperature τ with H(softmax(logits / τ)) = target, per sample, by bisection.
 
     logits: (B, C); target_entropy: (B,) in nats -> (B,) in [low, high], exact to
     (high - low) / 2^(halvings + 1). A target outside what [low, high] can reach gives the nearer
     end. No gradient flows through it.
+    Fits: any floating dtype (computed in at least float32) and device.
     """
     # The equation has no closed form. But entropy never falls as τ rises (from 0 at τ → 0 to log C
     # at τ → ∞), so halving the bracket always keeps the half with the root. All B brackets are
     # halved at once.
     with torch.no_grad():
+        dtype, logits = target_entropy.dtype, at_least_float32(logits)
+        target_entropy = at_least_float32(target_entropy)
         lower = torch.full_like(target_entropy, low)
         upper = torch.full_like(target_entropy, high)
         for _ in range(halvings):
@@ -390,16 +503,21 @@ def alignment_temperature(logits, target_entropy, low=.05, high=20.0, halvings=2
             too_flat = entropy((logits / middle[:, None]).softmax(-1)) > target_entropy  # (B,)
             lower = torch.where(too_flat, lower, middle)
             upper = torch.where(too_flat, middle, upper)
-        return (lower + upper) / 2
+        return ((lower + upper) / 2).to(dtype)
 
 
 def tkl_loss(zero_shot_logits, tuned_logits):
-    """Temperature-aligned KL divergence (E3), mean over the batch. (B, C) twice -> scalar."""
+    """Temperature-aligned KL divergence, mean over the batch. Logits (B, C) twice -> scalar.
+
+    The gradient reaches tuned_logits only.
+    Fits: any floating dtype (computed in at least float32) and device.
+    """
     # Plain KL between the two predictions mixes two things: which classes they believe in, and how
     # sure they are. Tuning makes a model surer, rightly, and plain KL would keep pulling it back.
     # So both are first brought to the same entropy; what still differs is what they believe.
+    dtype = torch.promote_types(zero_shot_logits.dtype, tuned_logits.dtype)
+    z, f = at_least_float32(zero_shot_logits), at_least_float32(tuned_logits)
     with torch.no_grad():
-        z, f = zero_shot_logits, tuned_logits
         target = target_entropy(z, f)  # (B,)
         # Eq. (E2): H(σ_τz(z)) = H(σ_τf(f)) = H*, both in one bisection
         both, targets = torch.cat([z, f]), torch.cat([target, target])  # (2B, C), (2B,)
@@ -407,43 +525,54 @@ def tkl_loss(zero_shot_logits, tuned_logits):
     # H*, τ_z and τ_f depend on f, but count as constants, as does z: the gradient reaches f only
     # through σ_τf(f). Otherwise f could lower the loss by moving the temperatures.
     # Eq. (E3): TKL = KL(σ_τz(z) ‖ σ_τf(f))
-    return kl_loss(zero_shot_logits / tau_z[:, None], tuned_logits / tau_f[:, None])
+    return kl_loss(z / tau_z[:, None], f / tau_f[:, None]).to(dtype)
 
 
 def kl_loss(zero_shot_logits, tuned_logits):
     """KL(softmax(z) ‖ softmax(f)), mean over the batch; probabilities clamped at 1e-12. -> scalar.
 
     The clamp is the authors': log_softmax would have other gradients where f is saturated.
+    Fits: any floating dtype (computed in at least float32) and device.
     """
-    p = zero_shot_logits.softmax(-1).detach()
-    q = tuned_logits.softmax(-1)
-    return (p * (p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log())).sum(-1).mean()
+    p = at_least_float32(zero_shot_logits).softmax(-1).detach()
+    q = at_least_float32(tuned_logits).softmax(-1)
+    loss = (p * (p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log())).sum(-1).mean()
+    return loss.to(torch.promote_types(zero_shot_logits.dtype, tuned_logits.dtype))
 
 
 def purify_gradient(task_grad, align_grad, strength=1.0):
-    """Take out of the task gradient what opposes the alignment gradient (E4), for one tensor.
+    """Take out of the task gradient what opposes the alignment gradient, for one tensor.
 
     task_grad, align_grad: tensors of one shape; strength λ_p in [0, 1] -> tensor of that shape. At
     λ_p = 1 a small step along the result does not increase the alignment loss (of plain gradient
-    descent; momentum and decay come after it).
+    descent; momentum, decay and clipping come after it). The result scales with task_grad, and the
+    scale of align_grad cancels, so a GradScaler may stay where it is.
+    Two gradients mean two calls of torch.autograd.grad, which bypasses the hooks of
+    DistributedDataParallel: there, average both over all processes yourself (all_reduce), then
+    purify. Purified per process and averaged afterwards they would be something else.
+    Fits: any floating dtype (computed in at least float32) and device; one tensor at a time.
     """
     # A step along -g changes the alignment loss by about -⟨g, g_align⟩: a negative inner product
     # means that learning this would cost balance. Then, and only then, the component along g_align
     # is subtracted, and what is left is orthogonal to it: the step may learn everything that leaves
     # the balance alone. An agreeing g_task stays as it is; g_align itself is never followed.
+    dtype = task_grad.dtype
+    task_grad, align_grad = at_least_float32(task_grad), at_least_float32(align_grad)
     inner, square = (task_grad * align_grad).sum(), (align_grad * align_grad).sum()
     # Eq. (E4): g_task - λ_p ⟨g_task, g_align⟩ / ‖g_align‖² · g_align where ⟨g_task, g_align⟩ < 0
     # where() instead of an if: no waiting for a GPU. The second one keeps 0 / 0 out: a model that
     # agrees with z (LoRA at its start) can have g_align = 0, and has nothing to be purified of.
     conflict = (inner < 0) & (square > 0)
     factor = torch.where(conflict, inner / torch.where(conflict, square, 1.0), 0.0)
-    return task_grad - strength * factor * align_grad
+    return (task_grad - strength * factor * align_grad).to(dtype)
 
 
 def residual_loss(global_logits, private_logits, labels, lam):
-    """The private objective (E7): both logits' sum must be right, and the private ones alone too.
+    """The private objective: both logits' sum must be right, and the private ones alone too.
 
     (B, C) twice, labels (B,), lam = λ in [0, 1] -> scalar; gradient reaches private_logits only.
+    Predict by the sum, too: (global_logits + private_logits).argmax(-1).
+    Fits: any floating dtype and device.
     """
     # Personalisation by addition: the balanced global model is left as it is, and the client's own
     # branch says what has to be added for this client.
@@ -457,15 +586,18 @@ def residual_loss(global_logits, private_logits, labels, lam):
 
 
 def fedavg(states, weights):
-    """The weighted mean of parameter dicts (E5): Σ_k n_k φ_k / Σ_k n_k.
+    """The weighted mean of parameter dicts: Σ_k n_k φ_k / Σ_k n_k.
 
-    states: dicts name -> tensor with the same names and shapes; weights: one number >= 0 each.
+    states: dicts name -> tensor with the same names and shapes; weights: one number >= 0 each, not
+    all 0. Give it what is trained, not frozen towers.
+    Fits: any dtype (computed in at least float32; counters are cut to whole numbers) and device.
     """
     # Only what is trained is sent and averaged; frozen CLIP is the same everywhere.
     # Eq. (E5): φ_g = Σ_k (n_k / Σ_j n_j) φ_g^k
     total = sum(weights)
-    return {name: sum(w / total * state[name] for state, w in zip(states, weights, strict=True))
-            for name in states[0]}
+    return {name: sum(w / total * at_least_float32(state[name])
+                      for state, w in zip(states, weights, strict=True)).to(start.dtype)
+            for name, start in states[0].items()}
 
 
 # ================================================================================================

@@ -141,6 +141,8 @@ def prompted_block(layer, x, normed=None, class_only=False):
 
     layer: a transformers ViTLayer. normed: the prompts as its first LayerNorm leaves them, LN(p),
     (n, D) or (B, n, D). class_only: for the last block -> (B, 1, D).
+    Fits: pre-LN blocks without layer scale or relative positions, any dtype and device; dropout
+    inside the block is left out.
     """
     attention = layer.attention
 
@@ -171,16 +173,29 @@ class PromptedViT(nn.Module):
     """Visual prompt tuning with any number of prompts per block, and a linear head.
 
     vit: a transformers.ViTModel (5.17 or newer), which is frozen; counts: L numbers >= 0, prompts
-    per block. All N prompts are rows of one tensor, `prompts` (N, D), and `block` (N,) says where
-    each stands: to move a prompt is to change one number. -1: the prompt is removed.
+    per block. All N prompts are rows of one tensor, `prompts` (N, D), and the buffer `block` (N,)
+    says where each stands: to move a prompt is to change one number. -1: the prompt is removed.
     shallow: the prompts join the tokens before block 0 and stay (VPT-shallow). head_init: "vpt", as
     the authors draw it, or "linear", nn.Linear's own draw, many times smaller.
 
-    forward(tokens (B, 1 + T, D) from `embed`) -> logits (B, C).
+    forward(pixels (B, 3, H, W), or tokens (B, 1 + T, D) from `embed`) -> logits (B, C).
+    Fits: pre-LN ViTs read at their class token, with the blocks of transformers' ViTModel (DeiT and
+    ViTMSN have them), any dtype and device; dropout inside the blocks is left out. BEiT and I-JEPA
+    are refused (ValueError). A state_dict holds the whole ViT: send or save what trainable() names,
+    and `block`.
     """
 
     def __init__(self, vit, num_classes, counts, shallow=False, head_init="vpt"):
         super().__init__()
+        # A weight that prompted_block does not know of would be left out without a word.
+        if not hasattr(vit, "layers") or not hasattr(vit.embeddings, "cls_token"):
+            raise ValueError("PromptedViT: expected a transformers.ViTModel, or what has layers, "
+                             f"layernorm and embeddings with a cls_token; got {type(vit)}")
+        known = (*(f"attention.{w}_proj." for w in "qkvo"), "layernorm_before.", "layernorm_after.",
+                 "mlp.")
+        for name, _ in vit.layers[0].named_parameters():
+            if not name.startswith(known):
+                raise ValueError(f"PromptedViT: {name} of a block is not in a ViTModel's blocks")
         self.vit, self.shallow = vit.requires_grad_(False).eval(), shallow
         width, patch = vit.config.hidden_size, vit.config.patch_size
         area = patch ** 2 if isinstance(patch, int) else math.prod(patch)
@@ -194,17 +209,29 @@ class PromptedViT(nn.Module):
         if head_init == "vpt":
             nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
             nn.init.constant_(self.head.bias, -4.595)
+        # A buffer, so that a state_dict knows where its prompts stand
+        block = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        self.register_buffer("block", block)
         self.to(vit.layernorm.weight)  # its device and dtype
-        self.place(torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
+        self.known = None, 0, []  # what `rows` was read from
 
     def place(self, block):
-        """Set the block of every prompt: (N,) ints in -1..L-1."""
-        # A move changes nothing but this list of rows: parameter, momentum and the optimiser that
-        # holds them stay what they are. The same as a list of prompts for each block, of which a
-        # move takes one out and appends it to another.
-        self.block = block.clone()
-        self.rows = [torch.nonzero(self.block == b)[:, 0].to(self.prompts.device)
-                     for b in range(len(self.vit.layers))]
+        """Set the block of every prompt: (N,) ints in -1..L-1. Writing to `block` does as well."""
+        self.block = block.to(self.prompts.device, copy=True)
+
+    @property
+    def rows(self):
+        """Where the prompts of each block stand in `prompts`: L tensors of ints."""
+        # A move changes nothing but these lists: parameter, momentum and the optimiser that holds
+        # them stay what they are. The same as a list of prompts for each block, of which a move
+        # takes one out and appends it to another.
+        block, version, rows = self.known
+        # Read anew after a change only: finding the rows would make a GPU wait in every block.
+        # Every write in place (a move, load_state_dict) raises a tensor's version.
+        if block is not self.block or version != self.block._version:
+            rows = [torch.nonzero(self.block == b)[:, 0] for b in range(len(self.vit.layers))]
+            self.known = self.block, self.block._version, rows
+        return rows
 
     def counts(self):
         """Prompts per block: L ints."""
@@ -216,14 +243,15 @@ class PromptedViT(nn.Module):
 
     def embed(self, pixels):
         """(B, 3, H, W) -> tokens (B, 1 + T, D): class token and patches with their positions."""
-        return self.vit.embeddings(pixels)
+        return self.vit.embeddings(pixels.to(self.prompts.dtype))
 
     def normalised(self, b, prompts):
         """LN(p) of the prompts that stand before block b: (n, D) or (B, n, D); None without any."""
-        if self.shallow or not len(self.rows[b]):
+        rows = self.rows[b]
+        if self.shallow or not len(rows):
             return None
         # All that the block sees of a prompt. LN(c · p) = LN(p) but for LN's ε: finding 1.
-        return self.vit.layers[b].layernorm_before(prompts[..., self.rows[b], :])
+        return self.vit.layers[b].layernorm_before(prompts[..., rows, :])
 
     def features(self, tokens, noise=None):
         """The class token (B, D) after the final LN. noise (B, N, D): dropout on the prompts."""
@@ -236,7 +264,8 @@ class PromptedViT(nn.Module):
             x = prompted_block(layer, x, self.normalised(b, prompts), class_only=b == last)
         return self.vit.layernorm(x[:, 0])
 
-    def forward(self, tokens, noise=None):
+    def forward(self, x, noise=None):
+        tokens = self.embed(x) if x.dim() == 4 else x  # (B, 1 + T, D)
         return self.head(self.features(tokens, noise))  # (B, C)
 
 
@@ -246,10 +275,13 @@ class PromptedViT(nn.Module):
 
 
 def idleness_scores(prompts, gradients):
-    """E2: how much the loss would fall, to first order, without each prompt; larger = idler.
+    """How much the loss would fall, to first order, without each prompt; larger = idler.
 
-    prompts (N, D), gradients ∂L/∂prompts (N, D) -> (N,). Noise where LayerNorm's ε is 1e-12, the
-    default of transformers' ViTConfig, and in half precision: finding 1.
+    prompts (N, D), gradients ∂L/∂prompts (N, D) -> (N,), without clipping, dropout or scaling.
+    Behind a LayerNorm the length of a prompt changes nothing but for LayerNorm's ε, so all of the
+    score is ε / (var(p) + ε): set ε to 1e-6 in every LayerNorm. At 1e-12, the default of
+    transformers' ViTConfig, float32 gives rounding noise, and half precision does at any ε.
+    Fits: float32 and float64, any device; prompts that are read through LayerNorm.
     """
     # The paper asks what the loss would be if prompt k were taken out,
     #     I_k = L(with p_k) - L(without p_k),
@@ -262,10 +294,11 @@ def idleness_scores(prompts, gradients):
 
 
 def relocate(prompts, block, k, target, scale=1e-3):
-    """Take prompt k out of its block and put it, scaled down, into block `target` (E5), in place.
+    """Take prompt k out of its block and put it, scaled down, into block `target`, in place.
 
-    prompts (N, D), block (N,) ints; PromptedViT.place(block) then makes it so. Into its own block:
-    nothing happens.
+    prompts (N, D), block (N,) ints: a PromptedViT's own, and the prompt has moved. Into its own
+    block: nothing happens. An optimiser's momentum for row k stays as it was.
+    Fits: any floating dtype and device.
     """
     if block[k] == target:
         return
@@ -279,11 +312,13 @@ def relocate(prompts, block, k, target, scale=1e-3):
 
 
 def allocator_state(scores, block, source, num_blocks):
-    """What an allocator sees (E3): (3L,) = z-scored block sums of idleness, shares, one-hot source.
+    """What an allocator sees: (3L,) = z-scored block sums of idleness, shares, one-hot source.
 
     scores (N,), block (N,) in -1..L-1, source: the block whose prompt is in the hand (not counted
     among those that remain).
+    Fits: any dtype and device; the state is float32 on the CPU, where the policy is.
     """
+    scores, block = scores.cpu(), block.cpu()
     placed = block >= 0
     # how idle each block is as a whole, the prompt in the hand still included
     sums = torch.zeros(num_blocks)
@@ -300,10 +335,11 @@ def allocator_state(scores, block, source, num_blocks):
 
 
 def reward(before, after, moved, candidate=None):
-    """E4: what a move is worth to the policy that chose its target. Four numbers -> number.
+    """What a move is worth to the policy that chose its target. Four numbers -> number.
 
     before, after: the loss at the scoring passes before the move and one epoch of tuning later;
-    moved: idleness of the prompt that moved; candidate: of the one to move next (official recipe).
+    moved: idleness of the prompt that moved; candidate: of the one to move next, which the authors'
+    code subtracts instead, and which is not used here.
     """
     # Taking an idle prompt out of its old block lowers the loss already, by I_k. The policy chose
     # only where it went, so that this part is not credited to it.
@@ -313,10 +349,12 @@ def reward(before, after, moved, candidate=None):
 
 
 class PPOAllocator:
-    """The paper's policy over target blocks, trained by proximal policy optimisation (E3).
+    """PRO-VPT's policy over target blocks, trained by proximal policy optimisation.
 
     choose(state (3L,), generator) -> a block; learn(reward) ends what choose began. After every
-    `every` rewards: `updates` Adam steps. Sizes and rates are those of the authors' code.
+    `every` rewards: `updates` Adam steps. Sizes and rates are those of the authors' code. With
+    every = 2 the normalised returns are ±.7071, so only the sign of the first reward counts.
+    Fits: float32 on the CPU, in one process: under DDP, choose on rank 0 and broadcast.
     """
 
     def __init__(self, num_blocks, width=64, lr_actor=3e-4, lr_critic=1e-3, clip=.2, updates=60,
@@ -390,7 +428,8 @@ class ThompsonAllocator:
     """The authors' other policy: a Beta(wins + 1, losses + 1) belief per block, no state.
 
     One draw from each belief; the block with the largest is chosen. A move whose reward is not
-    negative is a win.
+    negative is a win. choose and learn as PPOAllocator.
+    Fits: the CPU, in one process.
     """
 
     def __init__(self, num_blocks):
@@ -613,7 +652,7 @@ def pruning(training, score=None, least=0.0):
     if training.epoch < training.args.warmup:
         return
     scores, _ = (score or training.recipe["score"])(training)
-    block = model.block.clone()
+    block = model.block.to("cpu", copy=True)
     scores = scores.masked_fill(block < 0, -math.inf)  # those that are gone have no say
     k = scores.argmax().item()
     # UNSPECIFIED 3: the last prompt of all stays

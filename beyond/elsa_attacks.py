@@ -46,6 +46,7 @@ def fit_inverter(states, embeddings, ridge=1e-3):
     """Ridge regression from public states (M, D) to their words' embeddings (M, E) -> (D + 1, E).
 
     An observer has part 1, which is public, and all the text in the world to fit on.
+    Fits: any floating dtype (computed in float64) and device.
     """
     # argmin_A ‖X A - Y‖² + ε ‖A‖² = (XᵀX + ε I)⁻¹ Xᵀ Y, with a column of ones in X for the mean and
     # ε a share of XᵀX's mean eigenvalue
@@ -56,7 +57,10 @@ def fit_inverter(states, embeddings, ridge=1e-3):
 
 
 def invert(states, inverter, table):
-    """The five likeliest words of observed states (M, D) by cosine with table (V, E) -> (M, 5)."""
+    """The five likeliest words of observed states (M, D) by cosine with table (V, E) -> (M, 5).
+
+    inverter (D + 1, E): as fit_inverter returns it. Fits: float32 and float64, any device.
+    """
     # Both sides less the mean word: all embeddings share it, and it would make all cosines alike
     middle = table.mean(0)
     found = F.pad(states, (0, 1), value=1.0) @ inverter - middle  # (M, E)
@@ -67,6 +71,7 @@ def procrustes(known, observed, prior=.01):
     """The orthogonal W that best turns known (M, D) into observed (M, D) -> (D, D).
 
     Where the M pairs say nothing, W is drawn to the identity, which SS-OP is outside its subspace.
+    Fits: float32 and float64, any device with an SVD.
     """
     # argmin_W ‖known W - observed‖ over orthogonal W is U Vᵀ, for knownᵀ observed = U S Vᵀ
     cross = known.T @ observed

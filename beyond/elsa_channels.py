@@ -41,6 +41,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import common
@@ -49,15 +50,22 @@ import elsa
 SMALL = {**elsa.SMALL, "channel": "quant"}
 
 
-class Projection:
+class Projection(nn.Module):
     """x -> x U, back by Uᵀ, for U (D, m) with orthonormal columns; ρ = m / D.
 
     U spans the principal directions of what crosses on public texts; the rest is dropped. Of all
     linear codes of m numbers it has the least squared error on those texts.
+    projection(x) -> what the other side recovers, and the bytes that went.
+    Fits: any floating dtype and device.
     """
 
     def __init__(self, basis):
-        self.basis = basis
+        super().__init__()
+        self.register_buffer("basis", basis)
+
+    def forward(self, x):
+        y = self.encode(x)
+        return self.decode(y), y.element_size() * y.numel()
 
     def encode(self, x):
         return x @ self.basis.to(x.dtype)  # (..., m)
@@ -69,13 +77,19 @@ class Projection:
 def quantise(x, bits):
     """Stochastic rounding to 2^bits - 1 levels in ±max|x| of each last axis.
 
-    E[quantise(x)] = x, and the error is below one step: max|x| / (2^(bits-1) - 1). bits >= 2.
+    E[quantise(x)] = x, and the error is below one step: max|x| / (2^(bits-1) - 1). bits >= 2,
+    ValueError otherwise. Draws from torch's own generator. Use it straight through: the gradient of
+    a step function says nothing.
+    Fits: any floating dtype (computed in at least float32) and device.
     """
+    if bits < 2:
+        raise ValueError(f"bits {bits}: expected 2 or more, one of them for the sign")
     # x / step lies between two whole numbers; a uniform draw is added and the sum rounded down, so
     # that the upper one is taken with probability x / step - ⌊x / step⌋. Rounding to the nearest
     # would err the same way in every step, and training would add these errors up.
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
     step = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 1)  # (..., 1)
-    return (x / step + torch.rand_like(x)).floor() * step
+    return ((x / step + torch.rand_like(x)).floor() * step).to(dtype)
 
 
 class Codec:

@@ -60,7 +60,8 @@ SMALL = {**pro_vpt.SMALL, "method": "vpt-deep,planted,random-relocation,pro-vpt,
 def exact_idleness(model, tokens, labels):
     """The true change of the loss: (N,) = L(all prompts) - L(without prompt k), on one batch.
 
-    What E2 estimates. N + 1 forward passes. Removed prompts get 0.
+    What the paper's score estimates. N + 1 forward passes. Removed prompts get 0.
+    Fits: a PromptedViT, or what has its `block`, `place` and forward; float32 and float64.
     """
     placed = model.block.clone()
     whole, scores = F.cross_entropy(model(tokens), labels), torch.zeros(len(placed))
@@ -169,6 +170,7 @@ def block_usefulness(model, tokens, labels):
 
     L + 1 forward passes. A whole block's prompts stand in for each other, so that removing one of
     them says little; removing all of them says what the block is worth.
+    Fits: a PromptedViT, or what has its `block`, `rows`, `place` and forward; float32 and float64.
     """
     placed = model.block.clone()
     whole = F.cross_entropy(model(tokens), labels)

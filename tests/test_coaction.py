@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 
 import coaction
@@ -27,7 +26,6 @@ from tools import (
     in_float64,
     kill,
     log_rows,
-    paste,
     pretend_processes,
     result,
     result_line,
@@ -428,18 +426,6 @@ def test_evaluate_takes_each_task_at_its_own_preferences():
                 for key, value in expected.items():
                     assert found[seed][key][k] == pytest.approx(value, abs=1e-9)
         assert found[5]["hv"] != found[6]["hv"] and max(found[5]["hv"]) > 0
-
-
-def test_method_section_can_be_pasted():
-    names = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math)
-    assert {"CoAction", "Towers", "smooth_tchebycheff", "update_range"} <= set(names)
-    net = names["CoAction"]([2, 3], [4, 6])
-    p = [names["even_preferences"](1, 8, m) for m in (2, 3)]
-    maps = []
-    x = net(p, maps=maps)
-    assert [t.shape for t in x] == [(1, 8, 4), (1, 8, 6)] and len(maps) == 3
-    names["smooth_tchebycheff"](x[1][..., :3], p[1]).sum().backward()
-    assert net.task.grad.abs().max() > 0
 
 
 # ------------------------------------------------------------------------------------------------

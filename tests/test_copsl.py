@@ -26,7 +26,6 @@ from tools import (
     in_float64,
     kill,
     log_rows,
-    paste,
     pretend_processes,
     result,
     result_line,
@@ -461,21 +460,6 @@ def test_test_preferences():
     assert p.shape == (105, 3)
     torch.testing.assert_close(p.sum(1), torch.ones(105).double())
     assert len(copsl.test_preferences(4, None, True)) <= 210
-
-
-def test_method_section_can_be_pasted():
-    names = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math)
-    assert {"CoPSL", "PSL", "scalarize", "gradnorm_weights", "update_range",
-            "even_preferences"} <= set(names)
-    for kind in ("CoPSL", "PSL"):
-        net = names[kind](2, [3, 5], 16)
-        p = names["dirichlet_preferences"](1, 8, 2)
-        x = net(p)
-        assert [t.shape for t in x] == [(1, 8, 3), (1, 8, 5)]
-        assert all(((t > 0) & (t < 1)).all() for t in x)
-        f = torch.stack([x[1][..., 0], 1 - x[1][..., 1]], -1)
-        names["scalarize"](f, p, "smtch").sum().backward()
-        assert net.weights[0].grad.abs().max() > 0
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """ELSA: formulas against independent oracles, split against unsplit, the command, bad input."""
-import ast
 import copy
 import csv
 import io
@@ -31,9 +30,7 @@ from tools import (
     ROOT,
     exit_code,
     finish,
-    foreign_names,
     kill,
-    method_section,
     result,
     start,
     torchrun,
@@ -308,9 +305,9 @@ def test_adapter_updates_go_through_the_channel_alone():
     exact, size = elsa.send_update(
         start, end, elsa.CountSketch(6, 1.0, 1, "median", generator()), 6)
     torch.testing.assert_close(exact, end, atol=1e-6, rtol=0)
-    assert size == 4 * 18
+    assert size == 8 * 18  # float64
     half, size = elsa.send_update(start, end, elsa.CountSketch(6, .5, 1, "lsq", generator()), 6)
-    assert size == 4 * 9 and list(half) == list(start)
+    assert size == 8 * 9 and list(half) == list(start)
     assert (half["a"] - end["a"]).abs().max() > .1  # lossy: the starts come through, not the ends
 
 
@@ -469,23 +466,6 @@ def test_link_mode_is_lossless_and_edge_mode_is_not():
     edge = model(ids, mask, (1, 3), elsa.Link({}, turn, "edge"))
     torch.testing.assert_close(link, plain, atol=1e-5, rtol=0)
     assert (edge - plain).abs().max() > 1e-3
-
-
-def test_method_section_pastes_with_torch_alone():
-    """Slow libraries are imported by the three functions that need them, nothing else is."""
-    source = method_section(ROOT / SCRIPT)
-    given = {"torch": torch, "nn": nn, "F": F, "math": math}
-    assert foreign_names(source, set(given)) == set()
-    found = [node for node in ast.walk(ast.parse(source))
-             if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert {node.module.partition(".")[0] for node in found} == {"scipy", "transformers"}
-    assert all(node.col_offset > 0 for node in found)
-    pasted = dict(given)
-    exec(compile(source, "pasted", "exec"), pasted)
-    torch.testing.assert_close(pasted["symmetric_kl"](gaussian(1), gaussian(2)),
-                               elsa.symmetric_kl(gaussian(1), gaussian(2)))
-    assert pasted["cluster_clients"](torch.ones(2, 2) - torch.eye(2), 2) == [0, 1]
-    assert "common" in foreign_names("def f():\n    return common.seed_for(0)\n", set())
 
 
 # ================================================================================================

@@ -35,8 +35,6 @@ from tools import (
     finish,
     in_float64,
     kill,
-    method_section,
-    paste,
     result,
     run_in_one_and_two_processes,
     start,
@@ -1342,16 +1340,6 @@ def test_the_marks_of_the_header_stand_in_the_code():
         assert marks and marks == set(re.findall(kind + r" (\d)", source.replace(header, "")))
     for equation in re.findall(r"Eq\. \((E\d)\)", source):
         assert f"Eq. {equation}" in header
-
-
-def test_the_method_can_be_pasted_into_other_code():
-    pasted = paste(SCRIPT, torch=torch, nn=nn, F=F, math=math)
-    vit, (pixels, labels) = tiny_vit().double(), make_batch()
-    torch.manual_seed(1)
-    model = pasted["PromptedViT"](vit, 4, [2, 3, 0])
-    assert model(model.embed(pixels)).equal(make_model()(make_model().embed(pixels)))
-    assert taylor(model, model.embed(pixels), labels).shape == (5,)
-    assert "import" not in method_section(ROOT / SCRIPT).replace("important", "")
 
 
 def test_the_benchmark_runs():

@@ -1,4 +1,4 @@
-"""What the tests of all scripts share: running a command, waiting for it, pasting its method."""
+"""What the tests of all scripts share: running a command, waiting, cutting out its method."""
 import ast
 import builtins
 import dis
@@ -252,17 +252,3 @@ def foreign_names(source, allowed):
     defined |= {"__name__", "__module__", "__qualname__"}  # every class body reads or sets these
     read = read_by(compile(source, "section", "exec"))
     return read - defined - set(dir(builtins)) - allowed
-
-
-def paste(script, **allowed):
-    """Execute the method section of a script with nothing but `allowed` -> its names.
-
-    Fails if the section reads any other global name or imports anything.
-    """
-    source = method_section(ROOT / script)
-    assert foreign_names(source, set(allowed)) == set()
-    nodes = ast.walk(ast.parse(source))
-    assert not [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
-    pasted = dict(allowed)
-    exec(compile(source, "pasted", "exec"), pasted)
-    return pasted
