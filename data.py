@@ -67,7 +67,7 @@ from common import (
 
 def user_path(text):
     """A path as a user writes it: ~ is the home folder."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1674,7 +1674,7 @@ def read_image(path, ranges=None):
             return image.convert("RGB")
     except Exception as error:  # PIL: OSError, ValueError, SyntaxError, DecompressionBombError
         raise UserError(
-            f"{printable(str(path))} is not a readable image ({_reason(error)})") from None
+            f"{printable(str(path))} is not a readable image ({_picture_error(error)})") from None
 
 
 def _kind(mode):
@@ -1698,7 +1698,7 @@ def grey_range(kind, low, high):
     return fitting[0] if fitting else (low, high if high > low else low + 1)
 
 
-def _reason(error):
+def _picture_error(error):
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):  # whose text is a handle's address
@@ -1757,7 +1757,7 @@ def _inspect(path):
             return Inspected(other=".heic" + CANNOT)
         known = (Image.OPEN[name][1] for name in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "AVIF"))
         if start is None or suffix in _suffixes() or any(a(start[:16]) is True for a in known):
-            return Inspected(broken="empty" if start == b"" else _reason(error))
+            return Inspected(broken="empty" if start == b"" else _picture_error(error))
         return other
 
 
@@ -2361,7 +2361,7 @@ def hub_if_reachable():
         constants.HF_HUB_OFFLINE = before
 
 
-def _reason(unreachable, error):
+def _load_error(unreachable, error):
     """Why something was not loaded: the hub (see hub_if_reachable), or a library's error."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     no_network = re.search("connect|offline|download|cache", str(error), re.IGNORECASE)
@@ -2389,7 +2389,7 @@ def vit_backbone(model, eps, seed, device, cache_dir):
             raise
         except Exception as error:  # hub, network, JSON, safetensors and key errors of 4 libraries
             raise UserError(
-                f"--model {model}: cannot load it as a ViT ({_reason(why, error)}). Expected a hub "
+                f"--model {model}: cannot load it as a ViT ({_load_error(why, error)}). Expected a hub "
                 "id, or a directory with config.json and model.safetensors") from None
     found = {kind: sorted(map(str, keys)) for kind, keys in found.items()}
     for kind, text in (("missing_keys", "its weights lack {}"),
@@ -2638,7 +2638,7 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
         hint = "" if local else ". Without a network, get the checkpoint elsewhere and say " \
             f"--model {name if tag else 'DIR'} --weights FILE"
         raise UserError(f"cannot {'read' if local else 'download'} {model} "
-                        f"({_reason(why, error)}){hint}") from None
+                        f"({_load_error(why, error)}){hint}") from None
     finally:
         logging.disable(logging.NOTSET)
     cfg = clip.visual.preprocess_cfg

@@ -906,7 +906,129 @@ def test_a_long_tail_is_cut_out_of_the_training_part_only(order):
 
 # ================================================================================================
 # Runs with any open_clip model
-# =========================================================================================# ================================================================================================
+# ================================================================================================
+
+
+def write_folder(root, *classes):
+    """Six pictures of noise a class to train on and three to test on."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("test", 3)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return f"folder:{root}"
+
+
+def run_with(tmp_path, model, *options, classes=("cat", "dog"), out="out"):
+    pictures = tmp_path / "-".join(classes).replace("/", "")
+    dataset = f"folder:{pictures}" if pictures.exists() else write_folder(pictures, *classes)
+    words = ["--dataset", dataset, "--model", model, "--clients", "2", "--rounds", "1", "--beta",
+             "9", "--imbalance", "1", "--batch", "4", "--threads", "1", "--data-dir",
+             tmp_path / "data", "--out-dir", tmp_path / out, *options]
+    return [str(w) for w in words]
+
+
+COCA = {"custom_text": True,
+        "vision_cfg": {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        "text_cfg": {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2,
+                           "layers": 1, "mlp_ratio": 4, "dim_head": 8, "n_queries": 256,
+                           "attn_pooler_heads": 2}}
+
+
+def coca(folder):
+    folder = small_clip(folder, weights=False, **{k: v for k, v in COCA.items()
+                                                  if k != "multimodal_cfg"})[0]
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["multimodal_cfg"] = COCA["multimodal_cfg"]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    clip = open_clip.create_model(f"local-dir:{folder}")
+    torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder, clip.eval()
+
+
+def test_lora_in_coca_is_coca_until_it_learns(tmp_path):
+    """Its tower gives its tokens as well, and its features are pooled by attention."""
+    folder, clip = coca(tmp_path / "coca")
+    data.check_towers(clip, "lora")
+    pixels = randn(3, 3, 16, 16, dtype=torch.float32)
+    text = F.normalize(randn(4, 16, dtype=torch.float32), dim=-1)
+    student = fedpurel.TunedCLIP(clip, "lora", text)
+    with torch.no_grad():
+        wanted = clip.encode_image(pixels, normalize=True) @ text.T * clip.logit_scale.exp()
+        torch.testing.assert_close(student(pixels), wanted)
+    fedpurel.main(run_with(tmp_path, folder, "--peft", "lora"))
+    found = result(tmp_path / "out")
+    assert 0 <= found["results"]["fedpurel"]["gm"]["last"]["all"] <= 100
+
+
+def test_features_of_coca_are_not_normalised(tmp_path):
+    _, clip = coca(tmp_path / "coca")
+    images = data.Images(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8))
+    pool = data.ImagePool(images, data.pixel_transform(16, (.5,) * 3, (.5,) * 3))
+    with torch.no_grad():
+        wanted = clip.visual(next(pool.batches([range(3)])))[0]
+    found = data.encode_once(clip, pool, torch.device("cpu"), tmp_path)
+    torch.testing.assert_close(found, wanted)
+    assert (found.norm(dim=-1) - 1).abs().min() > .01
+
+
+@pytest.mark.parametrize("peft", KINDS)
+def test_a_run_says_its_model_and_knows_it_again(peft, tmp_path, capsys):
+    folder, state = small_clip(tmp_path / "clip", pixels={"mean": [.5] * 3, "std": [.25] * 3,
+                                                          "resize_mode": "squash"})
+    words = run_with(tmp_path, folder, "--peft", peft)
+    fedpurel.main(words)
+    line = (f"local-dir:{folder}, its weights, 16 pixels, mean .5, std .25, bicubic resize to a "
+            "square")
+    assert capsys.readouterr().err.splitlines().count(f"model: {line}") == 1
+    assert result(tmp_path / "out")["sources"]["model"] == line
+    state["logit_scale"] += 1
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    assert exit_code(fedpurel.main, [*words, "--resume"]) == 2
+    assert "--resume: the model of this run were others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, classes, words", [
+    (["--n-ctx", "17"], ("cat", "dog"), "'X X .* cat.'; shorten its name, or --n-ctx"),
+    (["--n-ctx", "77"], ("cat", "dog"), "longer than the 20 tokens"),
+    ([], ("cat", "dog " * 16), "the class 'dog dog .* longer than the 20 tokens"),
+    ([], ("Cat", "bird", "cat"), r"the classes 'Cat' \(0\) and 'cat' \(2\) are one text"),
+])
+def test_class_texts_that_cannot_work_are_refused_before_images_are_read(
+        options, classes, words, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise AssertionError("images were encoded first")
+    monkeypatch.setattr(data, "encode_once", refuse)
+    folder, _ = small_clip(tmp_path / "clip")
+    flags = run_with(tmp_path, folder, "--peft", "prompt", *options, classes=classes)
+    assert exit_code(fedpurel.main, flags) == 2
+    err = complaints(capsys.readouterr().err)
+    assert len(err) == 1 and re.search(words, err[0])
+
+
+def test_names_that_a_published_set_has_twice_are_said(tmp_path, monkeypatch, capsys):
+    """ImageNet has two classes "missile": refused in a folder, but part of what others report."""
+    load = data.load_images
+
+    def published(name, *rest):
+        folder = load(f"folder:{tmp_path / 'cat-dog'}", *rest)
+        return replace(folder, class_names=["missile", "missile"])
+    write_folder(tmp_path / "cat-dog", "cat", "dog")
+    monkeypatch.setattr(data, "load_images", published)
+    words = run_with(tmp_path, small_clip(tmp_path / "clip")[0], "--peft", "adapter")
+    words[words.index("--dataset") + 1] = "imagenet-lt"
+    fedpurel.main([*words, "--no-augment"])
+    assert ("note: one text to the tokenizer of --model: the classes 'missile' (0) and 'missile' "
+            "(1)\n") in capsys.readouterr().err
+
+
+# ================================================================================================
+# The header and the benchmark
+# ================================================================================================
 
 
 def test_marks_of_the_header_stand_in_the_code_and_the_other_way_round():
