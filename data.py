@@ -2389,8 +2389,8 @@ def vit_backbone(model, eps, seed, device, cache_dir):
             raise
         except Exception as error:  # hub, network, JSON, safetensors and key errors of 4 libraries
             raise UserError(
-                f"--model {model}: cannot load it as a ViT ({_load_error(why, error)}). Expected a hub "
-                "id, or a directory with config.json and model.safetensors") from None
+                f"--model {model}: cannot load it as a ViT ({_load_error(why, error)}). Expected a "
+                "hub id, or a directory with config.json and model.safetensors") from None
     found = {kind: sorted(map(str, keys)) for kind, keys in found.items()}
     for kind, text in (("missing_keys", "its weights lack {}"),
                        ("mismatched_keys", "weights of other shapes than config.json says: {}")):
