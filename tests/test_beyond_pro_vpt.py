@@ -235,7 +235,9 @@ def test_the_command_leaves_both_scripts_and_resumes(tmp_path):
                        "running")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     _, err = finish(start(SCRIPT, [*words, "--out-dir", whole]))
-    assert complaints(err) == []
+    said = result(whole)["sources"]
+    assert set(said) == {"pictures", "model"}
+    assert err == "".join(f"{name}: {line}\n" for name, line in said.items())
     assert {p.name for p in whole.iterdir()} == {
         "config.json", "log.jsonl", "checkpoint.pt", "result.json", "figure.png", "pro_vpt.py",
         "pro_vpt_adaptive.py"}
