@@ -597,17 +597,23 @@ DANGLING = re.compile(r"finding \d|DEVIATION|UNSPECIFIED|--\w|README|RESULTS|ben
                       r"|\(?\bE\d[a-d]?\b|see (Cost|Results|the header)|official recipe")
 
 
+def docstrings(source):
+    """Name -> docstring of every function, class and method."""
+    return {node.name: ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_what_is_pasted_says_what_it_fits_and_points_at_nothing_else(row):
+    said = docstrings(cut(row.file, row.names))
+    assert "\nFits: " in said[row.names[0]] or " Fits: " in said[row.names[0]]
+    assert not [text for text in said.values() if DANGLING.search(text)]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_docstrings_point_at_nothing_outside_of_what_is_pasted(script):
-    """And what README tells to copy says what it fits."""
-    said = {}
-    for node in ast.walk(ast.parse(method_section(ROOT / script))):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            said[node.name] = ast.get_docstring(node) or ""
-            assert not DANGLING.search(said[node.name]), (node.name, said[node.name])
-    for row in ROWS:
-        if row.file == script:
-            assert "Fits:" in said[row.names[0]], row
+def test_no_docstring_of_a_method_section_points_out_of_it(script):
+    said = docstrings(method_section(ROOT / script))
+    assert len(said) > 10 and not [text for text in said.values() if DANGLING.search(text)]
 
 
 def test_foreign_names_are_found():
