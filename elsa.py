@@ -16,10 +16,12 @@ The idea
 Run
     python elsa.py                                       the small world: a minute, no download
     python elsa.py --method all                          all methods on the same clients and draws
-    python elsa.py --dataset trec --model DIR_OR_HUB_ID  a real encoder, 12 clients on TREC
+    python elsa.py --dataset trec --model DIR_OR_HUB_ID  a real model, 12 clients on TREC: BERT and
+                                                         its kin, DistilBERT, Llama, Qwen, GPT-2
     python elsa.py --recovery lsq --ssop edge            the channel: see --channel, --ssop
     Beside the paper, with the same flags: beyond/elsa_channels.py (cheaper ways to send a state),
-    beyond/elsa_attacks.py (what an observer reads), beyond/elsa_plan.py (how long a round takes).
+    beyond/elsa_attacks.py (what an observer reads), beyond/elsa_plan.py (what a phone carries, how
+    long a round takes).
 
 Paper map (P: the paper's as far as it could be read; O: ours)
     Step 1   P  probes, [CLS] states        warm_up
@@ -46,11 +48,11 @@ Symbols
     served        a client's own test texts under the model of its edge; cloud: under the average
 
 Cost
-    One step on the link: 4 · B · T · D · 4 bytes · ρ (states and gradients, up and down), T the
-    longest text of the batch; a round adds two copies of φ a client. MiniLM (D = 384), 16 texts of
-    32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters 295 kB. Simulating the split costs
-    nothing: the parts run in one autograd graph, nothing is copied (benchmarks/elsa_step.py
-    measures it). SS-OP costs 4rD instead of 2D² operations a state, a sketch two products with
+    One step on the link: 4 · B · T · D · 4 bytes · ρ (states and gradients, up and down; 2 bytes a
+    number under --dtype bfloat16), T the longest text of the batch; a round adds two copies of φ a
+    client. MiniLM (D = 384), 16 texts of 32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters 295
+    kB. Simulating the split costs nothing: the parts run in one autograd graph, nothing is copied
+    (benchmarks/elsa_step.py measures it). SS-OP costs 4rD instead of 2D² operations a state, a sketch two products with
     (D, ρD).
 
 Results
@@ -80,6 +82,10 @@ Where we depart (the marks can be searched for)
                   prints how much.
     UNSPECIFIED 9 how often the cloud averages (--cloud-every), what edges take from it
                   (--cloud-mix), and every learning setting.
+    UNSPECIFIED 10 everything on decoders. Encoders that classify by [CLS] are the paper's as far as
+                  it could be read. Of Llama, Qwen2, Qwen3, Mistral and GPT-2 the last token of a
+                  text is read instead, in fingerprints too, by a head without bias: so does
+                  transformers' own classifier, to which a split one is equal.
 
 References
     LoRA: Hu et al., ICLR 2022. Split learning: Gupta and Raskar, 2018. Hierarchical FedAvg: Liu et
@@ -722,7 +728,12 @@ def pick_cut(world, client):
         speed = float(world.network["flops"][client])
         deadline = layers / 2 * flops / 50e9  # what the median device needs for half the blocks
         return choose_cut(layers, fixed, block, memory, flops / speed, deadline)
-    p, q = (1, layers - 1) if args.split is None else map(int, args.split.split(","))
+    return (1, layers - 1) if args.split is None else read_cut(args.split, layers)
+
+
+def read_cut(text, layers):
+    """--split P,Q -> (p, q)."""
+    p, q = map(int, text.split(","))
     if not 0 <= p <= q <= layers:
         raise common.UserError(f"--split {p},{q}: expected 0 <= P <= Q <= {layers}, the blocks of "
                                "--model")
@@ -1154,18 +1165,22 @@ def build_federation(args, run, channels=CHANNELS):
         encoder, encode = data.load_encoder(args.model, args.max_length, args.dropout,
                                             args.data_dir, args.seed, run.progress,
                                             getattr(torch, args.dtype), texts.train)
-    width = encoder.config.hidden_size
-    if args.ssop_rank > width:
-        raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} dimensions")
-    if args.channel == "sketch" and int(args.ratio * width / args.sketch_rows) < 1:
-        raise common.UserError(f"--ratio {args.ratio} with --sketch-rows {args.sketch_rows} leaves "
-                               f"no bucket for {width} dimensions; raise it or take fewer rows")
+    check_channel(args, encoder.config.hidden_size)
     model = SplitEncoder(encoder, len(texts.class_names), args.dropout)
     common.seed_torch(args.seed, "init", "lora")
     put_lora(model, args.rank, args.lora_alpha)
     world = Federation(args, run, texts, model.to(run.device).eval(), encode, channels)
     run.source("encoder", encode.said(), [encoder, world.ids, world.probe_ids])
     return world
+
+
+def check_channel(args, width):
+    """UserError where SS-OP or the sketch wants more directions than states have."""
+    if args.ssop_rank > width:
+        raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} dimensions")
+    if args.channel == "sketch" and int(args.ratio * width / args.sketch_rows) < 1:
+        raise common.UserError(f"--ratio {args.ratio} with --sketch-rows {args.sketch_rows} leaves "
+                               f"no bucket for {width} dimensions; raise it or take fewer rows")
 
 
 def put_lora(model, rank, alpha):
