@@ -31,6 +31,7 @@ import runpy
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -736,7 +737,8 @@ def text_encoder(model, max_length, dropout, cache_dir, dtype=torch.float32, tex
         encoder.pooler = None  # only the state of one token is read
     encode = _text_reader(model, encoder.eval(), tokenizer, max_length)
     _check_split(model, encoder, encode, texts)
-    return encoder, _text_reader(model, encoder, tokenizer, max_length)  # which has read nothing
+    encode.seen.clear()
+    return encoder, encode
 
 
 def text_config(model, cache_dir):
@@ -811,7 +813,7 @@ def _text_reader(model, encoder, tokenizer, max_length):
     unknown = tokenizer.unk_token_id
     if unknown in {*first, tokenizer.eos_token_id, tokenizer.sep_token_id}:
         unknown = None  # GPT-2 has one token for all these, and knows all words
-    seen = {"texts": 0, "cut": 0, "words": 0, "unknown": 0}
+    seen = Counter()
 
     def encode(texts):
         out = tokenizer(list(texts), padding=True, truncation=True, max_length=limit,
@@ -832,11 +834,9 @@ def _text_reader(model, encoder, tokenizer, max_length):
         longer = tokenizer(full, truncation=True, max_length=limit + 1)["input_ids"] if full else []
         empty = int((length <= special).sum())
         mask[:, 0] = 1  # a text without any token is read from its padding
-        seen["texts"] += len(ids)
-        seen["cut"] += sum(len(t) > limit for t in longer)
-        seen["words"] += int(length.sum()) - special * len(ids) + empty
-        seen["unknown"] += int(((ids == unknown) & (mask > 0)).sum() if unknown is not None else 0)
-        seen["unknown"] += empty
+        strange = 0 if unknown is None else int(((ids == unknown) & (mask > 0)).sum())
+        seen.update(texts=len(ids), cut=sum(len(t) > limit for t in longer),
+                    words=int(length.sum()) - special * len(ids) + empty, unknown=strange + empty)
         return ids, mask
 
     def said():
@@ -850,7 +850,7 @@ def _text_reader(model, encoder, tokenizer, max_length):
             f"{share:.2g}% unknown tokens" if seen["unknown"] else "",
             f"{seen['cut']} of {seen['texts']} texts cut at {limit} tokens" if seen["cut"] else "")
 
-    encode.said = said
+    encode.said, encode.seen = said, seen
     return encode
 
 

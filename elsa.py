@@ -52,8 +52,8 @@ Cost
     number under --dtype bfloat16), T the longest text of the batch; a round adds two copies of φ a
     client. MiniLM (D = 384), 16 texts of 32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters 295
     kB. Simulating the split costs nothing: the parts run in one autograd graph, nothing is copied
-    (benchmarks/elsa_step.py measures it). SS-OP costs 4rD instead of 2D² operations a state, a sketch two products with
-    (D, ρD).
+    (benchmarks/elsa_step.py measures it). SS-OP costs 4rD instead of 2D² operations a state, a
+    sketch two products with (D, ρD).
 
 Results
     small world, under a CPU-minute, 5 seeds: served by FedAvg 46.6 ± 7.4, by ELSA's edges 91.4 ±
