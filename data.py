@@ -735,7 +735,9 @@ def text_encoder(model, max_length, dropout, cache_dir, dtype=torch.float32, tex
             + (f"; what the file has instead begins with {there[0]}" if there else ""))
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # only the state of one token is read
-    encode = _text_reader(model, encoder.eval(), tokenizer, max_length)
+    left = len(found["unexpected_keys"])  # of a head, as a rule
+    encode = _text_reader(model, encoder.eval(), tokenizer, max_length,
+                          [f"{left} other weights of the file left out"] if left else [])
     _check_split(model, encoder, encode, texts)
     encode.seen.clear()
     return encoder, encode
@@ -788,8 +790,8 @@ def meta_model(model, config):
     return encoder
 
 
-def _text_reader(model, encoder, tokenizer, max_length):
-    """encode and encode.said of text_encoder."""
+def _text_reader(model, encoder, tokenizer, max_length, changes):
+    """encode, encode.said and encode.seen (what was counted) of text_encoder."""
     from elsa import SplitEncoder
 
     causal = SplitEncoder.find_layout(encoder)["causal"]
@@ -798,7 +800,6 @@ def _text_reader(model, encoder, tokenizer, max_length):
     for name, part in encoder.named_modules():  # RoBERTa's kin count from the padding's id on
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
             limit = min(limit, part.num_embeddings - part.padding_idx - 1)
-    changes = []
     if tokenizer.padding_side != "right":
         tokenizer.padding_side = "right"  # or [CLS] would not come first
         changes.append("padding moved to the right")

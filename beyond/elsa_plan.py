@@ -100,7 +100,7 @@ def price(model, cut, args):
     blocks, config = model.stack(), model.encoder.config
     client = {n: w for n, w in model.named_parameters()
               if not any(w is v for block in blocks[p:q] for v in block.parameters())}
-    trained = {n: w for n, w in client.items() if w.requires_grad}
+    trained = {n: w.detach().to("meta") for n, w in client.items() if w.requires_grad}
     frozen = sum(w.numel() for w in client.values()) - sum(w.numel() for w in trained.values())
     extra = 16 * sum(w.numel() for w in trained.values())
     sent, updates = step_bytes(model, cut, args)

@@ -1541,6 +1541,14 @@ def test_a_missing_pooler_does_not_matter(tmp_path):
     assert encoder.pooler is None and ", 0 weights missing; split = unsplit" in encode.said()
 
 
+def test_weights_of_a_head_are_left_out_and_counted(tmp_path):
+    change_weights(language_model(tmp_path), lambda weights: {
+        **{f"bert.{n}": w for n, w in weights.items()}, "classifier.bias": torch.zeros(2),
+        "classifier.weight": torch.zeros(2, 16)})
+    _, encode = data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+    assert "0 weights missing, 2 other weights of the file left out;" in encode.said()
+
+
 @pytest.mark.parametrize("kind, settings, words", [
     ("Bert", {"is_decoder": True}, "is a BertModel, which does more"),
     ("RobertaPreLayerNorm", {}, "is a RobertaPreLayerNormModel, which does more"),
@@ -1554,12 +1562,12 @@ def test_a_model_that_would_be_computed_otherwise_is_refused(tmp_path, kind, set
         data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
 
 
-@pytest.mark.parametrize("kind, settings, dropped", [
-    ("Electra", {"embedding_size": 8}, 3), ("ConvBert", {"embedding_size": 8}, None),
-    ("DistilBert", {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32}, 3),
-    ("Llama", {"num_key_value_heads": 1}, 0), ("GPT2", {}, 2),
-    ("Mistral", {"num_key_value_heads": 1, "sliding_window": 2}, 0)])
-def test_a_model_that_can_be_cut_is_the_librarys(tmp_path, kind, settings, dropped):
+@pytest.mark.parametrize("kind, settings", [
+    ("Electra", {"embedding_size": 8}), ("ConvBert", {"embedding_size": 8}),
+    ("DistilBert", {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32}),
+    ("Llama", {"num_key_value_heads": 1}), ("GPT2", {}),
+    ("Mistral", {"num_key_value_heads": 1, "sliding_window": 2})])
+def test_a_model_that_can_be_cut_is_the_librarys(tmp_path, kind, settings):
     """The states of the split are those of AutoModel, and --dropout reaches every layer."""
     from transformers import AutoModel
 
