@@ -7,7 +7,7 @@ Long tail    `long_tail_counts`, `long_tail_indices`, `frequency_groups`, `long_
 Clients      `pachinko_partition` (two label levels), `dirichlet_partition`, `federated_clients`
 Text sets    `load_texts`: TREC, AG News, SST-2, csv:PATH (any table of labels and texts), `topics`;
              `text_clients`, `poison_labels`, `draw_network`; `load_encoder`: `tiny_bert`,
-             `text_encoder`
+             `tiny_decoder`, `text_encoder`
 Reading      `read_image`: any picture file as a viewer shows it; `open_all`: what the files of a
              set are; `ImagePool`: images through a transform, in memory when they are small
 Transfer     `load_splits` (VTAB-1k, FGVC, folders), `frozen_vit`, `transfer_task`, `planted`
@@ -975,7 +975,7 @@ def topics(seed, same=False, per_class=160, n_test=40, n_probes=96):
 
 @dataclass
 class TinyBertConfig:
-    """Size and pre-training of the tiny BERT (about 20 s on one CPU core)."""
+    """Size and pre-training of the tiny BERT and the tiny decoder (20 s on one CPU core)."""
     width: int = 64
     layers: int = 4
     heads: int = 4
@@ -994,16 +994,33 @@ def tiny_bert(seed, cache_dir, config=None, progress=lambda items, *_, **__: ite
     """
     from transformers import BertConfig, BertModel  # slow to import; image runs do without
 
+    def build(size, config):
+        return BertModel(BertConfig(
+            **size, max_position_embeddings=TOPICS_WIDTH, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, initializer_range=config.init),
+            add_pooling_layer=False)
+    return _tiny_text_model("tiny-bert", build, seed, cache_dir, config, progress)
+
+
+def tiny_decoder(seed, cache_dir, config=None, progress=lambda items, *_, **__: items):
+    """The same for a small transformers.LlamaModel, which has learned to predict the next word."""
+    from transformers import LlamaConfig, LlamaModel
+
+    def build(size, config):
+        return LlamaModel(LlamaConfig(**size, max_position_embeddings=TOPICS_WIDTH, pad_token_id=0,
+                                      use_cache=False, initializer_range=config.init))
+    return _tiny_text_model("tiny-decoder", build, seed, cache_dir, config, progress)
+
+
+def _tiny_text_model(name, build, seed, cache_dir, config, progress):
     config = config or TinyBertConfig()
     tokenizer = WordTokenizer(
         [" ".join(w) for w in (*TOPIC_WORDS, *DOMAIN_WORDS, COMMON_WORDS)], TOPICS_WIDTH)
-    seed_torch(seed, "tiny-bert", "init")
-    model = BertModel(BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=config.width, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, intermediate_size=4 * config.width,
-        max_position_embeddings=TOPICS_WIDTH, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=config.init), add_pooling_layer=False)
-    key = cache_key(config, seed, tokenizer.ids, inspect.getsource(_pretrain_bert),
+    seed_torch(seed, name, "init")
+    model = build({"vocab_size": tokenizer.vocab_size, "hidden_size": config.width,
+                   "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
+                   "intermediate_size": 4 * config.width}, config)
+    key = cache_key(config, seed, tokenizer.ids, inspect.getsource(_pretrain_text_model),
                     inspect.getsource(topic_sentences))
 
     def encode(texts):
@@ -1011,90 +1028,270 @@ def tiny_bert(seed, cache_dir, config=None, progress=lambda items, *_, **__: ite
         return ids, (ids > 0).long()
 
     def make():
-        rng = numpy_generator(seed, "tiny-bert", "sentences")
+        rng = numpy_generator(seed, name, "sentences")
         each = config.sentences // 15
         texts = [s for d in range(3) for t in range(5) for s in topic_sentences(d, t, each, rng)]
-        _pretrain_bert(model, *encode(texts), config, seed, progress)
+        _pretrain_text_model(name, model, *encode(texts), config, seed, progress)
         return model.state_dict()
 
-    model.load_state_dict(cached(Path(cache_dir) / f"tiny-bert-{key}.pt", make,
-                                 "a cached tiny BERT"))
+    model.load_state_dict(cached(Path(cache_dir) / f"{name}-{key}.pt", make,
+                                 f"a cached {name} model"))
+    encode.said = lambda: _encoder_said(model, "made here")
     return model.eval(), encode
 
 
-def _pretrain_bert(model, ids, mask, config, seed, progress):
-    """Masked words (a quarter of each sentence), and [CLS] names the words of the sentence.
+def _pretrain_text_model(name, model, ids, mask, config, seed, progress):
+    """A tiny BERT: masked words (a quarter of each sentence), and [CLS] names the words of the
+    sentence. A tiny decoder: the next word, and after the end of text another sentence on the same,
+    that is any of its words.
 
-    Without the second task nothing is asked of [CLS], and what it holds is an accident of the seed.
-    ids, mask: (N, T). Both answers are products with the word embeddings.
+    Without the second task nothing is asked of the state that is read, and what it holds is an
+    accident of the seed. ids, mask: (N, T). All answers are products with the word embeddings.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
-    generator = torch.Generator().manual_seed(seed_for(seed, "tiny-bert", "batches"))
+    generator = torch.Generator().manual_seed(seed_for(seed, name, "batches"))
     start, end = int(ids[0, 0]), int(ids.max())
     words = F.one_hot(ids, end + 1).sum(1).clamp(max=1).float()  # (N, vocabulary)
     words[:, [0, start, end]] = 0
     model.train()
-    for _ in progress(range(config.steps), "pre-training a tiny BERT"):
+    for _ in progress(range(config.steps), f"pre-training a {name.replace('-b', ' B')}"):
         here = torch.randint(len(ids), (config.batch,), generator=generator)
         x, m = ids[here], mask[here]
-        hidden = (torch.rand(x.shape, generator=generator) < .25) & (m > 0) & (x < start)
-        states = model(x.masked_fill(hidden, 1), m).last_hidden_state  # 1: the unknown word
-        table = model.embeddings.word_embeddings.weight
-        masked = F.cross_entropy(states[hidden] @ table.T, x[hidden])
-        said = (states[:, 0] @ table.T).log_softmax(-1)  # (B, vocabulary)
+        if name == "tiny-bert":
+            hidden = (torch.rand(x.shape, generator=generator) < .25) & (m > 0) & (x < start)
+            states = model(x.masked_fill(hidden, 1), m).last_hidden_state  # 1: the unknown word
+            asked, wanted, read = states[hidden], x[hidden], states[:, 0]
+        else:
+            states = model(x, m).last_hidden_state
+            asked, wanted = states[:, :-1][m[:, 1:] > 0], x[:, 1:][m[:, 1:] > 0]
+            read = states[torch.arange(len(x)), m.sum(1) - 1]
+        table = model.get_input_embeddings().weight
+        guessed = F.cross_entropy(asked @ table.T, wanted)
+        said = (read @ table.T).log_softmax(-1)  # (B, vocabulary)
         named = -((said * words[here]).sum(-1) / words[here].sum(-1)).mean()
         optimizer.zero_grad(set_to_none=True)
-        (masked + named).backward()
+        (guessed + named).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
 
 
 def load_encoder(model, max_length, dropout, data_dir, seed=0,
-                 progress=lambda items, *_, **__: items):
-    """The encoder named by --model and its tokenizer, as text_encoder; "tiny" is made here."""
-    if model == "tiny":
-        return tiny_bert(seed, Path(data_dir) / "cache", progress=progress)
-    return text_encoder(model, max_length, dropout, Path(data_dir) / "weights")
+                 progress=lambda items, *_, **__: items, dtype=torch.float32, texts=()):
+    """The language model named by --model and its tokenizer, as text_encoder; "tiny" and
+    "tiny-decoder" are made here."""
+    made_here = {"tiny": tiny_bert, "tiny-decoder": tiny_decoder}.get(model)
+    if not made_here:
+        return text_encoder(model, max_length, dropout, Path(data_dir) / "weights", dtype, texts)
+    encoder, encode = made_here(seed, Path(data_dir) / "cache", progress=progress)
+    for p in encoder.parameters():
+        p.data = p.data.to(dtype)
+    _check_split(model, encoder, encode, texts)
+    return encoder, encode
 
 
-def text_encoder(model, max_length, dropout, cache_dir):
-    """A BERT-type encoder and its tokenizer by directory or hub id -> model, encode.
+# Dropout goes by other names in other configurations: BERT's kin, DistilBERT and Llama, GPT-2
+DROPOUTS = ["hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
+            "embd_pdrop", "attn_pdrop", "resid_pdrop"]
+EXPECTED_MODEL = ("Expected: a hub id, or a directory with config.json, model.safetensors and "
+                  "tokenizer files")
 
-    encode(list of N texts) -> ids and mask, both (N, T) int64 with T <= max_length.
-    UserError: neither a directory nor a reachable hub id, or another kind of architecture.
+
+def text_encoder(model, max_length, dropout, cache_dir, dtype=torch.float32, texts=()):
+    """A language model and its tokenizer by directory or hub id -> model, encode.
+
+    encode(list of N texts) -> ids and mask, both (N, T) int64, padded on the right, T <= max_length
+    and what the model's positions hold. encode.said(): a line on the model and on all texts read
+    so far; UserError where more than half of their words are unknown.
+    texts: some of what it is for; the first batch that its cut is tried on.
+    UserError: neither a directory nor a reachable hub id; an architecture that elsa.SplitEncoder
+    does not know, or that it would compute otherwise; weights that are missing or of another shape;
+    a tokenizer that does not fit.
     """
-    from transformers import AutoModel, AutoTokenizer, logging
+    from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    config, place, options = text_config(model, cache_dir)
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    kind = type(meta_model(model, config)).__name__
+    try:
+        # Who says so means tokenizer.json as it is. The library's choice goes by the model: a Qwen2
+        # gets the rules of Qwen2's own words, whatever the file says
+        plain = str(get_tokenizer_config(place, **options).get("tokenizer_class")) in (
+            "TokenizersBackend", "PreTrainedTokenizerFast")
+        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
+            place, **options)
+        encoder, found = AutoModel.from_pretrained(
+            place, config=config, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options)
+    except Exception as error:  # network, file, safetensors, tokenizer and key errors
+        raise UserError(
+            f"cannot load --model {model}, a {kind} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). {EXPECTED_MODEL}") from None
+    missing = sorted(n for n in found["missing_keys"] if not n.startswith("pooler."))
+    if missing or found["mismatched_keys"]:
+        other = sorted(n for n, *_ in found["mismatched_keys"])
+        there = sorted(found["unexpected_keys"])
+        raise UserError(
+            f"--model {model}: " + (f"{missing[0]} is missing" if missing else
+                                    f"{other[0]} has another shape than config.json says")
+            + f", and so {len(missing) + len(other)} of the {len(encoder.state_dict())} weights of "
+            f"a {kind} would be random"
+            + (f"; what the file has instead begins with {there[0]}" if there else ""))
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # only the state of one token is read
+    left = len(found["unexpected_keys"])  # of a head, as a rule
+    encode = _text_reader(model, encoder.eval(), tokenizer, max_length,
+                          [f"{left} other weights of the file left out"] if left else [])
+    _check_split(model, encoder, encode, texts)
+    encode.seen.clear()
+    return encoder, encode
+
+
+def text_config(model, cache_dir):
+    """The configuration of a directory, config.json or hub id -> it, its place, further options.
+
+    Place and options are for the library's from_pretrained. The hub is asked once: where it does
+    not answer, the place is the copy in cache_dir (the library would ask for every file six times).
+    """
+    import huggingface_hub as hub
+    from transformers import AutoConfig, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options = {"cache_dir": str(cache_dir)}
+    place, options = str(model), {"cache_dir": str(cache_dir), "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
-        encoder = AutoModel.from_pretrained(
-            model, dtype=torch.float32, hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout, **options)
-    except Exception as error:  # hub, network, file, safetensors and key errors
-        raise UserError(
-            f"cannot load --model {model} ({type(error).__name__}: {str(error)[:200]}). Without a "
-            "network, name a directory with config.json, model.safetensors and tokenizer files"
-        ) from None
-    blocks = getattr(getattr(encoder, "encoder", None), "layer", None)
-    if blocks is None or not hasattr(encoder, "embeddings") or \
-            not hasattr(getattr(getattr(blocks[0], "attention", None), "self", None), "query"):
-        raise UserError(f"--model {model} is a {type(encoder).__name__}; expected a BERT-type "
-                        "encoder (embeddings, encoder.layer with attention.self.query)")
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # only [CLS] itself is read
-    limit = min(max_length, encoder.config.max_position_embeddings)
+        if not Path(place).exists():
+            try:
+                hub.get_hf_file_metadata(hub.hf_hub_url(place, "config.json"))
+            except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+                pass  # it has answered, or cannot be asked; the library says how
+            except Exception as error:  # no network, or HF_HUB_OFFLINE
+                try:
+                    place = hub.snapshot_download(place, cache_dir=cache_dir, local_files_only=True)
+                except hub.errors.LocalEntryNotFoundError:
+                    raise UserError(f"{cache_dir} has no copy, and the hub does not answer: "
+                                    f"{str(error)[:100]}") from None
+        return AutoConfig.from_pretrained(place, **options), place, options
+    except Exception as error:  # hub, file, JSON and key errors
+        why = " ".join(str(error).split())[:250]
+        if not Path(place).exists():
+            why = f"there is no such directory ({why})"
+        raise UserError(f"cannot load --model {model}: {why}. {EXPECTED_MODEL}") from None
+
+
+def meta_model(model, config):
+    """The architecture of a configuration without weights; UserError if ELSA cannot cut it."""
+    from transformers import AutoModel
+
+    from elsa import SplitEncoder  # the method's own table decides, not a copy of it here
+
+    try:
+        with torch.device("meta"):
+            encoder = AutoModel.from_config(config)
+        SplitEncoder.find_layout(encoder)
+    except Exception as error:  # no such row; or a configuration that no model can have
+        raise UserError(f"--model {model} {' '.join(str(error).split())[:400]}") from None
+    return encoder
+
+
+def _text_reader(model, encoder, tokenizer, max_length, changes):
+    """encode, encode.said and encode.seen (what was counted) of text_encoder."""
+    from elsa import SplitEncoder
+
+    causal = SplitEncoder.find_layout(encoder)["causal"]
+    words = len(encoder.get_input_embeddings().weight)
+    limit = min(max_length, getattr(encoder.config, "max_position_embeddings", max_length))
+    for name, part in encoder.named_modules():  # RoBERTa's kin count from the padding's id on
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            limit = min(limit, part.num_embeddings - part.padding_idx - 1)
+    if tokenizer.padding_side != "right":
+        tokenizer.padding_side = "right"  # or [CLS] would not come first
+        changes.append("padding moved to the right")
+    if tokenizer.pad_token is None:  # any will do: padding is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or \
+            tokenizer.convert_ids_to_tokens(0)
+        changes.append(f"{tokenizer.pad_token} pads")
+    if causal and encoder.config.pad_token_id is None:
+        encoder.config.pad_token_id = tokenizer.pad_token_id
+    first = {tokenizer.cls_token_id, tokenizer.bos_token_id} - {None}
+    special = tokenizer.num_special_tokens_to_add()
+    unknown = tokenizer.unk_token_id
+    if unknown in {*first, tokenizer.eos_token_id, tokenizer.sep_token_id}:
+        unknown = None  # GPT-2 has one token for all these, and knows all words
+    seen = Counter()
 
     def encode(texts):
         out = tokenizer(list(texts), padding=True, truncation=True, max_length=limit,
-                        return_tensors="pt")
-        return out["input_ids"], out["attention_mask"]
+                        return_attention_mask=True, return_tensors="pt")
+        ids, mask = out["input_ids"], out["attention_mask"]
+        if not ids.numel():
+            raise UserError(f"--model {model}: its tokenizer makes no tokens of any text; are its "
+                            "files there?")
+        if ids.max() >= words:
+            raise UserError(f"--model {model}: its tokenizer has a token {ids.max()}, its "
+                            f"embeddings end at {words - 1}: they do not belong together")
+        if not causal and not set(ids[:, 0].tolist()) <= first:
+            raise UserError(f"--model {model}: its tokenizer puts no [CLS] before a text, and that "
+                            "is the token whose state is read; its tokenizer.json needs a "
+                            "post_processor that adds it")
+        length = mask.sum(1)
+        full = [texts[i] for i in (length == limit).nonzero()[:, 0]]
+        longer = tokenizer(full, truncation=True, max_length=limit + 1)["input_ids"] if full else []
+        empty = int((length <= special).sum())
+        mask[:, 0] = 1  # a text without any token is read from its padding
+        strange = 0 if unknown is None else int(((ids == unknown) & (mask > 0)).sum())
+        seen.update(texts=len(ids), cut=sum(len(t) > limit for t in longer),
+                    words=int(length.sum()) - special * len(ids) + empty, unknown=strange + empty)
+        return ids, mask
 
-    return encoder.eval(), encode
+    def said():
+        share = 100 * seen["unknown"] / max(seen["words"], 1)
+        if share > 50:
+            raise UserError(f"--model {model}: its tokenizer does not know {share:.0f}% of the "
+                            f"words ({tokenizer.unk_token}); are its files there, and is it of "
+                            "the language of the texts?")
+        return _encoder_said(
+            encoder, f"of {model}", "0 weights missing", *changes,
+            f"{share:.2g}% unknown tokens" if seen["unknown"] else "",
+            f"{seen['cut']} of {seen['texts']} texts cut at {limit} tokens" if seen["cut"] else "")
+
+    encode.said, encode.seen = said, seen
+    return encode
+
+
+def _encoder_said(encoder, *more):
+    """What is said of a language model that has passed _check_split."""
+    config = encoder.config
+    half = "" if encoder.dtype == torch.float32 else f"{encoder.dtype}"[6:]
+    return ", ".join(filter(None, [
+        f"{type(encoder).__name__} {more[0]}", f"{config.num_hidden_layers} blocks",
+        f"width {config.hidden_size}", half, *more[1:]])) + "; split = unsplit on one batch"
+
+
+def _check_split(model, encoder, encode, texts):
+    """UserError unless elsa.py's parts, one after another, compute what the model itself does."""
+    from elsa import SplitEncoder
+
+    kind = type(encoder).__name__
+    texts = sorted(texts, key=len) or ["one", "two words", "some more words than that in one text"]
+    ids, mask = encode([*texts[:4], *texts[-4:]])  # the longest pads the shortest
+    split = SplitEncoder(encoder, 2).eval()
+    try:
+        with torch.no_grad():
+            own = encoder(input_ids=ids, attention_mask=mask).last_hidden_state[mask > 0]
+            found = split.last_states(*split.part1(ids, mask, 0), 0)[mask > 0]
+    except Exception as error:  # of whatever its blocks want beside states and a mask
+        raise UserError(f"--model {model} is a {kind}, and no batch passes through it in three "
+                        f"parts ({type(error).__name__}: {str(error)[:120]})") from None
+    gap = ((found - own).abs().max() / own.abs().max()).item()
+    if not gap <= max(1e-4, 4 * torch.finfo(own.dtype).eps):  # NaN is no match either
+        raise UserError(f"--model {model} is a {kind}, which does more than embeddings, blocks and "
+                        f"a last norm: cut in three it computes other states (by {gap:.1g} of the "
+                        "largest)")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,11 +16,13 @@ The idea
 Run
     python elsa.py                                       the small world: a minute, no download
     python elsa.py --method all                          all methods on the same clients and draws
-    python elsa.py --dataset trec --model DIR_OR_HUB_ID  a real encoder, 12 clients on TREC
+    python elsa.py --dataset trec --model DIR_OR_HUB_ID  a real model, 12 clients on TREC: BERT and
+                                                         its kin, DistilBERT, Llama, Qwen, GPT-2
     python elsa.py --dataset csv:FILE --model ...        your own labels and texts, any table
     python elsa.py --recovery lsq --ssop edge            the channel: see --channel, --ssop
     Beside the paper, with the same flags: beyond/elsa_channels.py (cheaper ways to send a state),
-    beyond/elsa_attacks.py (what an observer reads), beyond/elsa_plan.py (how long a round takes).
+    beyond/elsa_attacks.py (what an observer reads), beyond/elsa_plan.py (what a phone carries, how
+    long a round takes).
 
 Paper map (P: the paper's as far as it could be read; O: ours)
     Step 1   P  probes, [CLS] states        warm_up
@@ -47,12 +49,12 @@ Symbols
     served        a client's own test texts under the model of its edge; cloud: under the average
 
 Cost
-    One step on the link: 4 · B · T · D · 4 bytes · ρ (states and gradients, up and down), T the
-    longest text of the batch; a round adds two copies of φ a client, without part 2's, which stays
-    at the edge. MiniLM (D = 384), 16 texts of 32 tokens: 3.15 MB a step at ρ = 1, all LoRA adapters
-    295 kB. Simulating the split costs nothing: the parts run in one autograd graph, nothing is
-    copied (benchmarks/elsa_step.py measures it). SS-OP costs 4rD instead of 2D² operations a state,
-    a sketch two products with (D, ρD).
+    One step on the link: 4 · B · T · D · 4 bytes · ρ (states and gradients, up and down; 2 bytes a
+    number under --dtype bfloat16), T the longest text of the batch; a round adds two copies of φ a
+    client, without part 2's, which stays at the edge. MiniLM (D = 384), 16 texts of 32 tokens: 3.15
+    MB a step at ρ = 1, all LoRA adapters 295 kB. Simulating the split costs nothing: the parts run
+    in one autograd graph, nothing is copied (benchmarks/elsa_step.py measures it). SS-OP costs 4rD
+    instead of 2D² operations a state, a sketch two products with (D, ρD).
 
 Results
     small world, under a CPU-minute, 5 seeds: served by FedAvg 46.6 ± 7.4, by ELSA's edges 91.4 ±
@@ -81,6 +83,10 @@ Where we depart (the marks can be searched for)
                   prints how much.
     UNSPECIFIED 9 how often the cloud averages (--cloud-every), what edges take from it
                   (--cloud-mix), and every learning setting.
+    UNSPECIFIED 10 everything on decoders. Encoders that classify by [CLS] are the paper's as far as
+                  it could be read. Of Llama, Qwen2, Qwen3, Mistral and GPT-2 the last token of a
+                  text is read instead, in fingerprints too, by a head without bias: so does
+                  transformers' own classifier, to which a split one is equal.
 
 References
     LoRA: Hu et al., ICLR 2022. Split learning: Gupta and Raskar, 2018. Hierarchical FedAvg: Liu et
@@ -123,53 +129,126 @@ SMALL = {"model": "tiny", "method": "fedavg,elsa", "rounds": 4, "lr": 3e-3, "bat
 
 
 class SplitEncoder(nn.Module):
-    """A BERT-type encoder and a linear head on [CLS], cut before blocks p and q.
+    """A language model and a linear head on the state of one token, cut before blocks p and q.
 
-    encoder: a transformers model with .embeddings and .encoder.layer (L blocks), e.g. BertModel
-    with add_pooling_layer=False, in which peft has put LoRA. Part 1 (embeddings, blocks < p) and
-    part 3 (blocks >= q, head) run on the client, part 2 on the edge; 0 <= p <= q <= L.
+    encoder: a transformers model (5.17 or newer) that is built like one of LAYOUTS, e.g. BertModel
+    with add_pooling_layer=False or LlamaModel, in which peft has put LoRA; ValueError for others.
+    Part 1 (embeddings, blocks < p) and part 3 (blocks >= q, last norm, head) run on the client,
+    part 2 on the edge; 0 <= p <= q <= L. Texts are padded on the right.
 
     The parts call the encoder's own blocks in the encoder's own order on tensors that are not
     copied, so loss, logits and all gradients are those of the unsplit model bit for bit, and
-    dropout draws the same masks from torch's generator in the same order.
-    Fits: encoders built like transformers' BertModel, any device; not decoders.
+    dropout draws the same masks from torch's generator in the same order. Whether a model does
+    nothing else on the way is known by comparing (data.py does when it loads one): RoBERTa with
+    LayerNorm first, for instance, looks like a BERT and is none.
     """
+
+    # UNSPECIFIED 10: the method as far as it could be read has a BERT; that models of other builds
+    # are cut in the same three places is ours. Where transformers keeps their parts:
+    #   words   ids -> states (BERT's embeddings add the positions themselves)
+    #   places  a table of positions, added to the words; then: what is done with the sum, if it is
+    #   rotary  what turns queries and keys by their positions, in every block
+    #   lora    the projections that LoRA goes to; causal: a token sees those before it alone
+    COLUMNS = ("words", "places", "then", "blocks", "rotary", "norm", "lora", "causal")
+    LAYOUTS = (
+        # BERT, RoBERTa, XLM-R, ELECTRA, MiniLM ...
+        ("embeddings", None, "embeddings_project", "encoder.layer", None, None,
+         ("query", "value"), False),
+        # DistilBERT
+        ("embeddings", None, None, "transformer.layer", None, None, ("q_lin", "v_lin"), False),
+        # Llama, Qwen2, Qwen3, Mistral
+        ("embed_tokens", None, None, "layers", "rotary_emb", "norm", ("q_proj", "v_proj"), True),
+        # GPT-2: query, key and value are one matrix
+        ("wte", "wpe", "drop", "h", None, "ln_f", ("c_attn",), True),
+    )
 
     def __init__(self, encoder, num_classes, dropout=0.0):
         super().__init__()
         self.encoder, self.dropout = encoder, nn.Dropout(dropout)
-        self.head = nn.Linear(encoder.config.hidden_size, num_classes)
-        self.layers = len(encoder.encoder.layer)
+        self.layout = self.find_layout(encoder)
+        self.layers = len(self.stack())
+        # UNSPECIFIED 10: decoders get the head that transformers gives them, without a bias
+        self.head = nn.Linear(encoder.config.hidden_size, num_classes,
+                              bias=not self.layout["causal"])
+
+    @classmethod
+    def find_layout(cls, encoder):
+        """The row of LAYOUTS that a model is built by -> dict column -> attribute, or None."""
+        known = [name for name, _ in encoder.named_modules()]
+        for row in cls.LAYOUTS:
+            row = dict(zip(cls.COLUMNS, row, strict=True))
+            parts = [row[c] for c in ("words", "places", "blocks", "rotary", "norm") if row[c]]
+            inside = [name for name in known if name.startswith(f"{row['blocks']}.0.")]
+            if set(parts) <= set(known) and \
+                    all(any(n.endswith(f".{target}") for n in inside) for target in row["lora"]):
+                return row
+        raise ValueError(f"is a {type(encoder).__name__}; models that can be cut are BERT-type "
+                         "encoders (embeddings, encoder.layer with attention.self.query), "
+                         "DistilBERT, decoders like Llama (Qwen2, Qwen3, Mistral) and GPT-2")
+
+    def stack(self):
+        """The encoder's blocks, a ModuleList."""
+        return self.encoder.get_submodule(self.layout["blocks"])
 
     # An architecture shows in three places only: how words become states and which tokens may see
-    # which (embed), how a block is called (blocks), and which state is read (part3).
+    # which (embed), how a block is called (blocks), and which state is read (last_states, read).
 
     def embed(self, ids, mask):
-        """ids, mask (B, T) -> states (B, T, D) before block 0, and the attention bias or None."""
-        from transformers.masking_utils import create_bidirectional_mask
+        """ids, mask (B, T) -> states (B, T, D) before block 0, and what blocks need beside them.
 
-        x = self.encoder.embeddings(input_ids=ids)  # (B, T, D)
-        # The library's own mask, so that attention takes the same kernel as in the unsplit model.
-        # The edge needs it too: it says how long the texts are, not what they say. A bit a token,
-        # which the byte counts leave out.
-        bias = create_bidirectional_mask(config=self.encoder.config, inputs_embeds=x,
-                                         attention_mask=mask)
-        return x, bias
+        That is a tuple: an attention bias or None for each block; a dict of what all blocks take,
+        the angles of rotary positions; and (B,), which token is the last of each text.
+        """
+        from transformers.masking_utils import create_bidirectional_mask, create_masks_for_generate
 
-    def blocks(self, x, bias, start, stop):
-        """Blocks start..stop - 1 on states (B, T, D); part 2 is blocks(x, bias, p, q)."""
-        for block in self.encoder.encoder.layer[start:stop]:
-            x = block(x, bias)
+        config, part, row = self.encoder.config, self.encoder.get_submodule, self.layout
+        x = part(row["words"])(ids)  # (B, T, D)
+        places = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        if row["places"]:
+            x = x + part(row["places"])(places)
+        if row["then"] and hasattr(self.encoder, row["then"]):  # ELECTRA's words may be narrower
+            x = part(row["then"])(x)
+        # The library's own masks, so that attention takes the same kernel as in the unsplit model.
+        # The edge needs them too: they say how long the texts are, not what they say. A bit a
+        # token, which the byte counts leave out. Angles follow from T alone.
+        if row["causal"]:  # some blocks of a Qwen2, all of a Mistral, look back a few tokens only
+            bias = create_masks_for_generate(config, x, mask, None, position_ids=places)
+        else:
+            bias = create_bidirectional_mask(config=config, inputs_embeds=x, attention_mask=mask)
+        each = [bias[kind] for kind in config.layer_types] if isinstance(bias, dict) else \
+            [bias] * self.layers
+        angles = {"position_embeddings": part(row["rotary"])(x, places)} if row["rotary"] else {}
+        return x, (each, angles, mask.sum(1) - 1)
+
+    def blocks(self, x, beside, start, stop):
+        """Blocks start..stop - 1 on states (B, T, D); part 2 is blocks(x, beside, p, q)."""
+        each, angles, _ = beside
+        for block, bias in zip(self.stack()[start:stop], each[start:stop], strict=True):
+            x = block(x, attention_mask=bias, **angles)
         return x
 
-    def part1(self, ids, mask, p):
-        """ids, mask (B, T) -> states (B, T, D) before block p, and the attention bias or None."""
-        x, bias = self.embed(ids, mask)
-        return self.blocks(x, bias, 0, p), bias
+    def last_states(self, x, beside, q):
+        """States (B, T, D) before block q -> the last block's, after its norm where it has one."""
+        x = self.blocks(x, beside, q, self.layers)
+        return self.encoder.get_submodule(self.layout["norm"])(x) if self.layout["norm"] else x
 
-    def part3(self, x, bias, q):
-        """States (B, T, D) before block q -> logits (B, C), read from [CLS], the first token."""
-        return self.head(self.dropout(self.blocks(x, bias, q, self.layers)[:, 0]))
+    def read(self, x, beside):
+        """Last states (B, T, D) -> the one of each text that stands for it (B, D)."""
+        # [CLS], the first token. UNSPECIFIED 10: in a decoder the first token has seen nothing but
+        # itself. The last one has seen the whole text, so that is read, as transformers does.
+        *_, last = beside
+        rows = torch.arange(len(x), device=x.device)
+        return x[rows, last] if self.layout["causal"] else x[:, 0]
+
+    def part1(self, ids, mask, p):
+        """ids, mask (B, T) -> states (B, T, D) before block p, and what blocks need beside them."""
+        x, beside = self.embed(ids, mask)
+        return self.blocks(x, beside, 0, p), beside
+
+    def part3(self, x, beside, q):
+        """States (B, T, D) before block q -> logits (B, C)."""
+        x = self.read(self.last_states(x, beside, q), beside)  # (B, D)
+        return self.head(self.dropout(x.to(self.head.weight.dtype)))
 
     def forward(self, ids, mask, cut, link=None):
         """Logits (B, C); cut = (p, q); link: a Link, or None when nothing crosses a network."""
@@ -177,11 +256,11 @@ class SplitEncoder(nn.Module):
         # parts stay on the client. The edge gets what is expensive and says little by itself: the
         # blocks between. Hence two crossings of states forwards, and two of gradients backwards.
         p, q = cut
-        x, bias = self.part1(ids, mask, p)  # client: (B, T, D)
+        x, beside = self.part1(ids, mask, p)  # client: (B, T, D)
         x = x if link is None else link.to_edge(x)
-        x = self.blocks(x, bias, p, q)  # edge
+        x = self.blocks(x, beside, p, q)  # edge
         x = x if link is None else link.to_client(x)
-        return self.part3(x, bias, q)  # client again: (B, C)
+        return self.part3(x, beside, q)  # client again: (B, C)
 
 
 class CountSketch(nn.Module):
@@ -254,7 +333,7 @@ class CountSketch(nn.Module):
 
     def forward(self, x):
         y = self.encode(x)
-        return self.decode(y), y.element_size() * y.numel()
+        return self.decode(y), y.numel() * y.element_size()
 
 
 class SubspaceRotation(nn.Module):
@@ -328,7 +407,8 @@ class Link:
     def carry(self, x, exchange):
         """One message: x (..., D) as the sender holds it -> as the receiver recovers it."""
         codec = self.codecs.get(exchange)
-        received, size = (x, 4 * x.numel()) if codec is None else codec(x)  # float32: 4 bytes
+        # float32: 4 bytes a number, bfloat16: 2
+        received, size = (x, x.numel() * x.element_size()) if codec is None else codec(x)
         self.sent[exchange] += size
         return received
 
@@ -389,9 +469,11 @@ class Crossing(torch.autograd.Function):
 def principal_directions(x, rank):
     """The top right singular vectors of x (N, D) -> (D, rank), rank at most min(N, D).
 
-    Not centred. Fits: any floating dtype (computed in float64) and device with an SVD.
+    Not centred. Fits: any floating dtype (computed in float64, returned in float32 at least: in
+    bfloat16 they would not be orthogonal) and device with an SVD.
     """
-    return torch.linalg.svd(x.double(), full_matrices=False).Vh[:rank].T.to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.svd(x.double(), full_matrices=False).Vh[:rank].T.to(dtype)
 
 
 def gaussian_fingerprint(states, basis, ridge=.05):
@@ -661,20 +743,21 @@ def load_adapters(model, state):
 
 def at_the_edge(model, cut):
     """The names in φ that belong to part 2."""
-    inside = {id(p) for b in model.encoder.encoder.layer[slice(*cut)] for p in b.parameters()}
+    inside = {id(p) for b in model.stack()[slice(*cut)] for p in b.parameters()}
     return {n for n, p in model.named_parameters() if p.requires_grad and id(p) in inside}
 
 
 def block_cost(world):
     """Bytes of one block, of embeddings and head, and FLOPs of a block per step of a full batch."""
-    encoder = world.model.encoder
-    block = sum(p.numel() for p in encoder.encoder.layer[0].parameters())
-    fixed = sum(p.numel() for part in (encoder.embeddings, world.model.head)
-                for p in part.parameters())
+    model = world.model
+
+    def size(part):
+        return sum(p.numel() * p.element_size() for p in part.parameters())
+    weights, block = sum(p.numel() for p in model.stack()[0].parameters()), size(model.stack()[0])
     tokens = world.args.batch * float(world.lengths[:world.first_test].double().mean())
     # A multiplication and an addition for each weight and token forwards, as many backwards through
     # the states. The weights are frozen: the third product, for their gradients, is not made.
-    return 4 * block, 4 * fixed, 4 * block * tokens
+    return block, size(model) - model.layers * block, 4 * weights * tokens
 
 
 def pick_cut(world, client):
@@ -686,7 +769,12 @@ def pick_cut(world, client):
         speed = float(world.network["flops"][client])
         deadline = layers / 2 * flops / 50e9  # what the median device needs for half the blocks
         return choose_cut(layers, fixed, block, memory, flops / speed, deadline)
-    p, q = (1, layers - 1) if args.split is None else map(int, args.split.split(","))
+    return (1, layers - 1) if args.split is None else read_cut(args.split, layers)
+
+
+def read_cut(text, layers):
+    """--split P,Q -> (p, q)."""
+    p, q = map(int, text.split(","))
     if not 0 <= p <= q <= layers:
         raise common.UserError(f"--split {p},{q}: expected 0 <= P <= Q <= {layers}, the blocks of "
                                "--model")
@@ -753,13 +841,14 @@ def warm_up(world, client):
                             steps=args.warmup_steps)
     with torch.no_grad():
         # All blocks at home: probes are public, and nothing has to cross a link for them
-        x, bias = model.part1(world.probe_ids, world.probe_mask, model.layers)  # (Q, T, D)
-        logits = model.part3(x, bias, model.layers)  # (Q, C)
+        x, beside = model.part1(world.probe_ids, world.probe_mask, model.layers)  # (Q, T, D)
+        cls = model.read(model.last_states(x, beside, model.layers), beside)  # (Q, D)
+        logits = model.part3(x, beside, model.layers)  # (Q, C)
         # UNSPECIFIED 7: V from the client's own texts at its cut, after the warm-up: the directions
         # in which the states it will send are largest. The same V serves the second cut.
         ids, mask = world.batch(world.clients[client][0][:128])
         own = model.part1(ids, mask, cut[0])[0][mask.bool()]  # (tokens, D)
-    return {"cls": x[:, 0], "probabilities": logits.softmax(-1), "adapters": state,
+    return {"cls": cls, "probabilities": logits.softmax(-1), "adapters": state,
             "basis": principal_directions(own, min(args.ssop_rank, len(own)))}
 
 
@@ -775,7 +864,8 @@ def set_up(world, run):
     # Steps 2 and 3. All clients answered the same Q probes, so their fingerprints differ by what
     # they have learned, not by what they were asked. One subspace for all, or their Gaussians would
     # live in different ones; centred, because a mean that all share tells nobody apart.
-    cls = torch.stack([f["cls"] for f in found])  # (N, Q, D)
+    sent = torch.stack([f["cls"] for f in found])  # (N, Q, D)
+    cls = sent.to(found[0]["probabilities"].dtype)  # where states are bfloat16, too
     pooled = cls.flatten(0, 1)  # (N Q, D)
     basis = principal_directions(pooled - pooled.mean(0), args.fingerprint_rank)  # (D, k)
     prints = [gaussian_fingerprint(states, basis) for states in cls]
@@ -796,7 +886,7 @@ def set_up(world, run):
     q, rotations = len(world.probe_ids), sum(f["basis"].numel() for f in found)
     rotations += sum(turn.numel() for turn in turns)
     asked, split = runs(args, "elsa"), runs(args, *SPLIT)
-    once = {"probe states up": 4 * n * q * world.width * asked,
+    once = {"probe states up": sent.numel() * sent.element_size() * asked,
             "probe predictions up": 4 * n * q * len(world.texts.class_names) * asked,
             "rotations up": 4 * rotations * (split and args.ssop == "link")}
     return {"distance": distance, "trust": trust, "bases": [f["basis"] for f in found],
@@ -1050,10 +1140,14 @@ def build_parser(doc=__doc__, channels=CHANNELS, flags=()):
         "--num-probes training texts set apart)")
     add("--num-probes", int, 96, "Q, of texts set apart", low=4)
     add = parser.group("model")
-    add("--model", str, None, "a BERT-type encoder, directory or hub id (default "
-        "bert-base-uncased; tiny for topics)")
+    add("--model", str, None, "a BERT-type encoder, a DistilBERT, a decoder like Llama (Qwen2, "
+        "Qwen3, Mistral) or a GPT-2, directory or hub id (default bert-base-uncased; for topics "
+        "tiny, or tiny-decoder)")
+    add("--dtype", ["float32", "bfloat16"], "float32", "of the frozen weights, and so of the "
+        "states that cross; LoRA and head stay in float32")
     add("--max-length", int, 64, "tokens of a text at most", low=4)
-    add("--rank", int, 8, "LoRA rank on query and value", low=1)
+    add("--rank", int, 8, "LoRA rank on query and value (GPT-2: and key, they are one matrix)",
+        low=1)
     add("--lora-alpha", float, 16.0, "LoRA scale α/r", above=0)
     add("--dropout", float, None, "in the encoder and before the head (default .1; small world 0); "
         "with --model tiny before the head alone",
@@ -1113,9 +1207,9 @@ def parse(argv=None, doc=__doc__, channels=CHANNELS, flags=()):
 def resolve(args, small=SMALL, settle=None):
     """Fill in the defaults that depend on the data set; refuse what does not go together."""
     topics = args.dataset in ("topics", "topics-same")
-    if args.model == "tiny" and not topics:
-        raise common.UserError("--model tiny is pre-trained on the topics world and needs "
-                               "--dataset topics; name a BERT-type encoder with --model")
+    if args.model in ("tiny", "tiny-decoder") and not topics:
+        raise common.UserError(f"--model {args.model} is pre-trained on the topics world and needs "
+                               "--dataset topics; name a directory or a hub id with --model")
     common.fill_in(args, small if topics else REAL)
     args.method = ",".join(common.choose(args.method, METHODS))
     parts = (args.split or "0,0").split(",")
@@ -1180,8 +1274,6 @@ def idle_flags(args, given):
 
 def build_federation(args, run, channels=CHANNELS):
     """Texts, clients, encoder with LoRA and head -> Federation."""
-    import peft
-
     with run.rank_zero_first():
         texts = data.load_texts(args.dataset, args.data_dir, args.seed, args.probes,
                                 args.num_probes, args.encoding, label_column=args.label_column,
@@ -1193,8 +1285,19 @@ def build_federation(args, run, channels=CHANNELS):
     args.clients = len(held[0])
     with run.rank_zero_first():
         encoder, encode = data.load_encoder(args.model, args.max_length, args.dropout,
-                                            args.data_dir, args.seed, run.progress)
-    width = encoder.config.hidden_size
+                                            args.data_dir, args.seed, run.progress,
+                                            getattr(torch, args.dtype), texts.train)
+    check_channel(args, run, encoder.config.hidden_size)
+    model = SplitEncoder(encoder, len(texts.class_names), args.dropout)
+    common.seed_torch(args.seed, "init", "lora")
+    put_lora(model, args.rank, args.lora_alpha)
+    world = Federation(args, run, texts, model.to(run.device).eval(), encode, channels, held)
+    run.source("encoder", encode.said(), [encoder, world.ids, world.probe_ids])
+    return world
+
+
+def check_channel(args, run, width):
+    """What SS-OP and the sketch want of states of this width; UserError if they have it not."""
     split = runs(args, *SPLIT)
     if split and args.ssop != "none" and args.ssop_rank > width:
         if args.ssop_rank != REAL["ssop_rank"]:
@@ -1206,15 +1309,22 @@ def build_federation(args, run, channels=CHANNELS):
             int(args.ratio * width / args.sketch_rows) < 1:
         raise common.UserError(f"--ratio {args.ratio} with --sketch-rows {args.sketch_rows} leaves "
                                f"no bucket for {width} dimensions; raise it or take fewer rows")
-    # LoRA on query and value, and a new head: all that is trained, so all that is averaged
-    common.seed_torch(args.seed, "init", "lora")
-    config = peft.LoraConfig(r=args.rank, lora_alpha=args.lora_alpha,
-                             target_modules=["query", "value"])
-    encoder = peft.inject_adapter_in_model(config, encoder)
-    model = SplitEncoder(encoder, len(texts.class_names), args.dropout)
+
+
+def put_lora(model, rank, alpha):
+    """LoRA on query and value of every block of a SplitEncoder; all else but the head is frozen."""
+    import peft
+
+    targets = model.layout["lora"]
+    peft.inject_adapter_in_model(peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets),
+        fan_in_fan_out="c_attn" in targets), model.encoder)  # GPT-2's weights lie transposed
+    # LoRA and a new head: all that is trained, so all that is averaged. In float32 at least: a step
+    # of AdamW is smaller than bfloat16's spacing
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name or name.startswith("head."))
-    return Federation(args, run, texts, model.to(run.device).eval(), encode, channels, held)
+        if p.requires_grad:
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
 
 def describe_clients(texts, clients, wanted):

@@ -112,7 +112,7 @@ def measure(options, dataset, seed, wanted, folder, largest):
     command = ["--dataset", dataset, "--seed", str(seed), "--out-dir", str(out),
                "--overwrite", "--ssop-rank", str(largest), *options]
     args = parse(command)
-    rank = {"tiny": 16}.get(args.model, 32)
+    rank = {"tiny": 16, "tiny-decoder": 16}.get(args.model, 32)
     with common.Run(args, "claims") as run:
         world = elsa.build_federation(args, run, elsa_channels.CHANNELS)
         setup, plain = elsa.set_up(world, run), dict(vars(args))
@@ -207,7 +207,7 @@ def read_run(folder, only):
                 x = world.model.part1(ids, mask, world.cuts[0][0])[0].detach()[mask > 0]
             link = elsa.Link(codecs)
             error = ((link.carry(x, elsa.EXCHANGES[0]) - x).norm() / x.norm()).item()
-            share = link.sent[elsa.EXCHANGES[0]] / (4 * x.numel())
+            share = link.sent[elsa.EXCHANGES[0]] / (x.numel() * x.element_size())
             print(f"| {name} | {share:.3f} | {error:.2f} | {found['served']:.1f} | "
                   f"{found['cloud']:.1f} |", flush=True)
 

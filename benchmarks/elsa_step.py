@@ -1,7 +1,7 @@
 """What a training step of elsa.py costs: split against unsplit, and with SS-OP and a channel.
 
 Run
-    python benchmarks/elsa_step.py             one thread, about four minutes
+    python benchmarks/elsa_step.py             one thread, about five minutes
     python benchmarks/elsa_step.py --quick     seconds: a tiny model, whose ratios mean nothing
 
 Prints
@@ -9,7 +9,7 @@ Prints
     arrangements in turn so that a busy machine disturbs all; then RESULT with the ratios over the
     unsplit model, which is called as transformers calls it. The model is a randomly initialised
     BERT of MiniLM's size (D = 384, 6 blocks; the time does not depend on the weights) with rank-8
-    LoRA on query and value, 16 texts of 32 tokens.
+    LoRA on query and value, 16 texts of 32 tokens. Then split and unsplit of a Llama of that size.
 """
 import argparse
 import statistics
@@ -19,27 +19,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import peft
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import elsa
 from beyond.elsa_channels import Codec, Projection
 
 
-def build(quick):
+def build(quick, decoder=False):
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
             "intermediate_size": 64, "vocab_size": 100} if quick else \
         {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
          "intermediate_size": 1536}
-    encoder = BertModel(BertConfig(**size, hidden_dropout_prob=0.0,
-                                   attention_probs_dropout_prob=0.0), add_pooling_layer=False)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
-    model = elsa.SplitEncoder(peft.inject_adapter_in_model(config, encoder), 6)
-    for name, p in model.named_parameters():
-        p.requires_grad_("lora_" in name or name.startswith("head."))
+    encoder = LlamaModel(LlamaConfig(**size, use_cache=False)) if decoder else BertModel(
+        BertConfig(**size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        add_pooling_layer=False)
+    model = elsa.SplitEncoder(encoder, 6)
+    elsa.put_lora(model, 8, 16)
     return model.train()
 
 
@@ -71,25 +69,33 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    model = build(args.quick)
-    encoder, width = model.encoder, model.encoder.config.hidden_size
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
-    ids = torch.randint(5, encoder.config.vocab_size, (16, 32))
+    models = {"": build(args.quick), "decoder, ": build(args.quick, decoder=True)}
+    optimizers = {kind: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+                  for kind, model in models.items()}
+    config = models[""].encoder.config
+    ids = torch.randint(5, config.vocab_size, (16, 32))
     mask, labels = torch.ones_like(ids), torch.randint(6, (16,))
     mask[::2, 20:] = 0  # texts differ in length
-    cut, arrangements = (1, model.layers - 1), links(width, min(args.rank, width // 2))
+    last = mask.sum(1) - 1
+    cut = (1, models[""].layers - 1)
+    arrangements = links(config.hidden_size, min(args.rank, config.hidden_size // 2))
+    arrangements["decoder, split"] = elsa.Link()
 
     def step(name):
-        if name == "unsplit":
-            states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            logits = model.head(model.dropout(states[:, 0]))
+        kind = "decoder, " if name.startswith("decoder") else ""
+        model = models[kind]
+        if name.endswith("unsplit"):
+            states = model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            read = states[torch.arange(16), last] if kind else states[:, 0]
+            logits = model.head(model.dropout(read))
         else:
             logits = model(ids, mask, cut, arrangements[name])
-        optimizer.zero_grad(set_to_none=True)
+        optimizers[kind].zero_grad(set_to_none=True)
         F.cross_entropy(logits, labels).backward()
-        optimizer.step()
+        optimizers[kind].step()
 
     names = ["unsplit", *arrangements]
+    names.insert(-1, "decoder, unsplit")
     times = {name: [] for name in names}
     for repeat in range(-2, 3 if args.quick else args.repeats):  # the first two warm up
         for name in names:
@@ -99,10 +105,12 @@ def main():
                 times[name].append(time.process_time() - start)
     median = {name: statistics.median(t) for name, t in times.items()}
     print(f"{'arrangement':32s} CPU-ms   ratio")
+    ratio = {name: median[name] / median[f"{'decoder, ' * name.startswith('decoder')}unsplit"]
+             for name in names}
     for name in names:
-        print(f"{name:32s} {1e3 * median[name]:6.1f}  {median[name] / median['unsplit']:6.3f}")
-    ratio = {name: median[name] / median["unsplit"] for name in names}
+        print(f"{name:32s} {1e3 * median[name]:6.1f}  {ratio[name]:6.3f}")
     print(f"RESULT split_ratio={ratio['split']:.3f} "
+          f"decoder_ratio={ratio['decoder, split']:.3f} "
           f"sketch_ratio={ratio['ssop link, sketch median']:.3f} "
           f"lsq_ratio={ratio['ssop link, sketch lsq']:.3f} "
           f"quant_ratio={ratio['ssop link, quant 8']:.3f}")

@@ -92,10 +92,12 @@ class Observer:
 
     def __init__(self, world, state):
         model, p = world.model, world.cuts[0][0]
-        first, last = world.ids[0, 0], world.ids[0, world.lengths[0] - 1]  # [CLS], [SEP]
-        pad = model.encoder.config.pad_token_id
-        words = torch.cat([world.ids.unique(), world.probe_ids.unique()]).unique()
-        words = words[(words != first) & (words != last) & (words != pad)]
+        # What begins and ends every text is no word: [CLS] and [SEP], or what a decoder has of both
+        ends = world.ids[:, 0], world.ids[torch.arange(len(world.ids)), world.lengths - 1]
+        first, last = (e[0] if (e == e[0]).all() else torch.tensor(-1) for e in ends)
+        words = torch.cat([world.ids[world.mask > 0], world.probe_ids[world.probe_mask > 0]])
+        words = words.unique()
+        words = words[(words != first) & (words != last)]
         ids, mask = world.batch(torch.arange(world.first_test, len(world.labels))[:200])
         inside = (mask > 0) & (ids != first) & (ids != last)  # the words of the texts
         self.truth = torch.searchsorted(words, ids[inside])
@@ -103,17 +105,21 @@ class Observer:
         # The observer's training data: random words, whose states it can compute itself. Random, so
         # that nothing of the clients' language is taken for known.
         made = words[torch.randint(len(words), (2000, ids.shape[1]), device=words.device)]
-        made[:, 0], made[:, -1] = first, last
-        embeddings = model.encoder.get_input_embeddings().weight.detach()
+        keep = torch.ones(made.shape, dtype=torch.bool, device=made.device)
+        for place, end in ((0, first), (-1, last)):
+            if end >= 0:
+                made[:, place], keep[:, place] = end, False
+        dtype = model.head.weight.dtype  # float32, where the frozen weights are bfloat16, too
+        embeddings = model.encoder.get_input_embeddings().weight.detach().to(dtype)
         self.table = embeddings[words]
         elsa.load_adapters(model, world.start)  # the observer's: LoRA adds nothing yet
         with torch.no_grad():
-            self.public = torch.cat([model.part1(t, torch.ones_like(t), p)[0][:, 1:-1]
-                                     for t in made.split(128)]).flatten(0, 1)
-            self.known = model.part1(ids, mask, p)[0][inside][:100]
+            self.public = torch.cat([model.part1(t, torch.ones_like(t), p)[0]
+                                     for t in made.split(128)])[keep].to(dtype)
+            self.known = model.part1(ids, mask, p)[0][inside][:100].to(dtype)
             elsa.load_adapters(model, state)
-            self.states = model.part1(ids, mask, p)[0][inside]  # what the client really sends
-        self.wanted = embeddings[made[:, 1:-1].flatten()]
+            self.states = model.part1(ids, mask, p)[0][inside].to(dtype)  # what is really sent
+        self.wanted = embeddings[made[keep]]
 
     def rate(self, seen, inverter):
         """Words found among the first and the first five guesses, in percent, without the 100."""

@@ -108,9 +108,10 @@ class Codec:
 
     def __call__(self, x):
         sent = self.send(x)
-        size = sent.numel() * self.bits / 8
-        if self.bits < 32:
-            size += 4 * sent[..., 0].numel()
+        if self.bits == 32:  # as they are
+            size = sent.numel() * sent.element_size()
+        else:
+            size = sent.numel() * self.bits / 8 + 4 * sent[..., 0].numel()
         return (sent if self.reduce is None else self.reduce.decode(sent)), size
 
 
@@ -224,7 +225,7 @@ def channel_curve(world, run, setup, state):
         found = elsa.evaluate(there, run, groups, state, links, cuts)
         name = {"sketch": f"sketch, {recovery}"}.get(channel, channel)
         rows.append([name + (f", {bits} bits" if bits < 32 else ""),
-                     link.sent[elsa.EXCHANGES[0]] / (4 * x.numel()), error.item(),
+                     link.sent[elsa.EXCHANGES[0]] / (x.numel() * x.element_size()), error.item(),
                      found["served"]])
     return rows
 

@@ -1,4 +1,5 @@
 """Beside ELSA: other channels, the attacks, simulated times, and the seam they hang on."""
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from test_elsa import (
     arguments,
     assert_equal_runs,
     bytes_of_a_step,
+    decoder_folder,
     generator,
     make_codecs,
     randn,
@@ -21,6 +23,7 @@ from test_elsa import (
     without_sources,
     write_small,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import elsa
@@ -78,7 +81,7 @@ def test_adapter_updates_in_bits():
     end = {n: t + randn(*t.shape, seed=2) for n, t in start.items()}
     same, size = elsa.send_update(start, end, elsa_channels.Codec(), 6)
     torch.testing.assert_close(same, end)
-    assert size == 4 * 18  # 17 numbers in vectors of 6
+    assert size == 8 * 18  # 17 numbers in vectors of 6, as they are: float64
     lossy, size = elsa.send_update(start, end, elsa_channels.Codec(bits=8), 6)
     assert size == 18 + 4 * 3 and list(lossy) == list(start)
     assert 0 < (lossy["a"] - end["a"]).abs().max() < .1
@@ -203,17 +206,105 @@ def test_seconds_of_a_round_by_hand():
                "flops": torch.tensor([1e6, 2e6, 4e6]), "bandwidth": torch.tensor([1e6, 1e6, 5e5])}
     parameters = [torch.zeros(250, 1000)]  # 4 · 250,000 bytes, and as many FLOPs a token
     block = SimpleNamespace(parameters=lambda: parameters)
-    encoder = SimpleNamespace(encoder=SimpleNamespace(layer=[block]), embeddings=block)
     world = SimpleNamespace(
         network=network, cuts=[(1, 3)] * 3, clients=[(torch.zeros(7), None)] * 3, first_test=2,
         lengths=torch.tensor([1, 3]), args=SimpleNamespace(batch=1, local_epochs=2),
-        model=SimpleNamespace(layers=4, encoder=encoder, head=block))
+        model=SimpleNamespace(layers=4, stack=lambda: [block], parameters=lambda: parameters))
     found = elsa_plan.round_seconds(world, {0: [0, 1], 1: [2]}, [{"megabytes": 3.0}])
     steps, flops = 7 * 2, 2e6  # two tokens a step
     by_hand = [steps * (2 * flops / network["flops"][k].item() + 2 * flops * n / 500e9
                         + 4 * ms / 1e3) + 1e6 / network["bandwidth"][k].item()
                for k, n, ms in ((0, 2, 10), (1, 2, 10), (2, 1, 20))]
     assert found == pytest.approx(max(by_hand)) and max(by_hand) == by_hand[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Plans
+# ------------------------------------------------------------------------------------------------
+
+
+def plan_flags(*words):
+    args = elsa.build_parser(elsa_plan.__doc__, elsa_channels.CHANNELS, [
+        elsa_channels.add_bits, elsa_plan.add_plan]).parse_args([str(w) for w in words])
+    common.fill_in(args, elsa.REAL)
+    elsa_channels.settle(args)
+    return args
+
+
+@pytest.mark.parametrize("name, millions", [("Qwen2.5-0.5B", 494.033), ("Llama-3.2-1B", 1235.814)])
+def test_the_configurations_that_stand_in_the_plan_are_those_of_their_makers(name, millions):
+    model = elsa_plan.meta_split(name, plan_flags())
+    frozen = [p for p in model.encoder.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) / 1e6 == pytest.approx(millions, abs=1e-3)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channel", [
+    ["none"], ["sketch", "--ratio", ".5"], ["sketch", "--ratio", ".5", "--bits", "8"], ["quant"],
+    ["lowrank", "--ratio", ".25"], ["sketch", "--sketch", "both"]], ids=" ".join)
+def test_a_plan_is_what_a_real_model_carries_and_sends(small, tmp_path, dtype, channel):
+    """Parameters, memory and adapters counted on a model with weights; bytes from its own link;
+    FLOPs from torch's own counter."""
+    from transformers import AutoModel
+    folder = decoder_folder(small, tmp_path, "GPT2" if channel == ["quant"] else "Llama")
+    args = plan_flags(folder, "--channel", *channel, "--batch", 3, "--max-length", 7, "--rank", 2,
+                      "--dtype", dtype, "--seed", 4)
+    cut = (1, 2)
+    plan = elsa_plan.price(elsa_plan.meta_split(str(folder), args), cut, args)
+    model = elsa.SplitEncoder(AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)), 2)
+    elsa.put_lora(model, 2, 4.0)
+    at_edge = {id(p) for p in model.stack()[1].parameters()}
+    mine = [p for p in model.parameters() if id(p) not in at_edge]
+    weights = sum(p.numel() * p.element_size() for p in mine)
+    tuned = sum(p.numel() for p in mine if p.requires_grad)
+    assert plan["parameters"] == sum(p.numel() for p in mine)
+    assert plan[dtype] == weights + 12 * tuned  # its gradient and two moments
+    whole = [elsa_plan.price(model, (0, 3), args), elsa_plan.price(model, (3, 3), args)]
+    assert whole[1]["edge FLOPs"] == 0 < whole[0]["edge FLOPs"] == whole[1]["client FLOPs"]
+    # a step over a real link
+    anywhere = {n: torch.eye(16) for n in elsa.EXCHANGES}
+    world = SimpleNamespace(args=args, width=16, device="cpu", channels=elsa_channels.CHANNELS)
+    codecs, updates = elsa.make_codecs(world, {"directions": {str(cut): anywhere}}, cut)
+    link, ids = elsa.Link(codecs), torch.randint(4, 60, (3, 7), generator=generator())
+    model(ids, torch.ones_like(ids), cut, link).sum().backward()
+    sent = link.sent
+    assert plan["step up"] == sent["activations up"] + sent["gradients up"]
+    assert plan["step down"] == sent["activations down"] + sent["gradients down"] > 0
+    adapters = {n: p.detach() for n, p in model.named_parameters()
+                if p.requires_grad and id(p) not in at_edge}
+    up = 4 * tuned if updates is None else elsa.send_update(adapters, adapters, updates, 16)[1]
+    assert plan["adapters"] == 4 * tuned + up
+    # the edge's block, there and back
+    x, beside = model.part1(ids, torch.ones_like(ids), 1)
+    x = x.detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model.blocks(x, beside, 1, 2).sum().backward()
+    assert plan["edge FLOPs"] == pytest.approx(counter.get_total_flops(), rel=.05)
+    assert plan["client FLOPs"] == 2 * plan["edge FLOPs"]
+
+
+def test_a_plan_is_a_table_a_figure_and_a_line(small, tmp_path, capsys):
+    words = ["--ssop-rank", 4, "--channel", "none", "--out-dir"]
+    folder = decoder_folder(small, tmp_path)
+    capsys.readouterr()
+    for config in (folder, folder / "config.json"):
+        name = tmp_path / f"plan-{config.name}"
+        elsa_plan.main([str(w) for w in (config, *words, name)])
+        out, err = capsys.readouterr()
+        assert "GFLOP client" in out and re.search(r"\nRESULT script=elsa-plan config=\S+", out)
+        assert re.fullmatch(rf"encoder: LlamaModel of {config}, 3 blocks, width 16, 0.0 M "
+                            r"parameters; no weights needed\n", err)
+        found = result(name)
+        assert found["cuts"] == [[1, 3], [1, 2]] and (name / "figure.png").exists()
+        memory = [r["bfloat16"] for r in found["rows"]]
+        assert memory == sorted(memory) and len(set(memory)) == 2
+    elsa_plan.main([str(w) for w in (folder, "--split", "0,2", *words, tmp_path / "one")])
+    assert result(tmp_path / "one")["cuts"] == [[0, 2]]
+    assert exit_code(elsa_plan.main, [folder, "--split", "2,5", *words, tmp_path / "two"]) == 2
+    assert "0 <= P <= Q <= 3" in capsys.readouterr().err
+    assert exit_code(elsa_plan.main, ["/nowhere/at/all"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -279,6 +370,27 @@ def test_the_others_add_their_table_and_change_nothing_else(small, tmp_path):
                                                      strict=True))
         assert {p.name for p in folder.glob("*.py")} == {"elsa.py", "elsa_channels.py",
                                                          f"{name}.py"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoder_is_attacked_compressed_and_timed_too(small, tmp_path, capsys, dtype):
+    """Its tokenizer frames texts as BERT's does, or not at all: then every token is a word."""
+    folder = decoder_folder(small, tmp_path)
+    words = arguments(small, "--model", folder, "--dtype", dtype, "--channel", "lowrank")
+    for script in SCRIPTS.values():
+        script.main([*words, "--out-dir", str(tmp_path / script.__name__)])
+    curve = {r[0]: r[1:] for r in result(tmp_path / elsa_channels.__name__)["curve"]}
+    number = {"float32": 4, "bfloat16": 2}[dtype]
+    assert curve["quant, 8 bits"][0] == (1 + 4 / 16) / number and curve["lowrank"][0] <= 1
+    assert result(tmp_path / elsa_plan.__name__)["seconds"]["ELSA"] > 0
+    framed = result(tmp_path / elsa_attacks.__name__)["privacy"]
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    elsa_attacks.main([*words, "--out-dir", str(tmp_path / "bare")])
+    bare = result(tmp_path / "bare")["privacy"]
+    assert framed[0][0] == bare[0][0] == "in the clear"
+    assert framed[0][1] > 60 and bare[0][1] > 60  # of 60 words
 
 
 def test_stochastic_rounding_follows_the_seed(small, tmp_path):

@@ -24,7 +24,7 @@ from test_pro_vpt import make_training as make_papers_training
 import pro_vpt
 from benchmarks import pro_vpt_plain as plain
 from beyond import pro_vpt_adaptive as beyond
-from tools import ROOT, complaints, exit_code, finish, kill, result, start
+from tools import ROOT, exit_code, finish, kill, result, start
 
 SCRIPT = "beyond/pro_vpt_adaptive.py"
 

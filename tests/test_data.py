@@ -2295,3 +2295,254 @@ def test_failing_download_of_any_part_is_one_line(part, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--weights") as caught:
         data.open_clip_backbone("ViT-B-32:openai", None, 0, CPU, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Language models: whatever is loaded is the model itself, or refused
+# ------------------------------------------------------------------------------------------------
+
+WORDS = ["red", "blue", "green", "car", "dog", "cat", "tree", "house", "run", "jump", "sing",
+         "slow", "fast", "big", "small", "sun", "moon"]
+BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+ROBERTA = ("<pad>", "<unk>", "<s>", "</s>")  # here 0 pads: places go on from 1
+
+
+def word_tokenizer(names=BERT, words=WORDS, frame=True, **more):
+    """A tokenizer of whole words; names: of the tokens that pad, are unknown, begin and end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    ids = {w: i for i, w in enumerate([*names, *words])}
+    pad, unknown, first, last = names
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if frame:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}", special_tokens=[(first, 2), (last, 3)])
+    kinds = {"pad_token": pad, "unk_token": unknown, "cls_token": first, "sep_token": last}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**kinds, **more})
+
+
+def language_model(root, kind="Bert", tokenizer=None, **settings):
+    """A random model of three blocks in a folder."""
+    import transformers
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "intermediate_size": 32, "max_position_embeddings": 12}
+    if kind == "GPT2":
+        sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 12}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{
+        "vocab_size": 24, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, **sizes,
+        **settings})
+    model = transformers.AutoModel.from_config(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, float(p.dim() == 1) * .5, .3)
+    model.save_pretrained(root)
+    (tokenizer or word_tokenizer()).save_pretrained(root)
+    return root
+
+
+def change_weights(root, change):
+    from safetensors.torch import load_file, save_file
+    path = root / "model.safetensors"
+    weights = load_file(path)
+    save_file({k: v.contiguous() for k, v in change(weights).items()}, path, {"format": "pt"})
+
+
+def drop_one(weights):
+    del weights["encoder.layer.1.output.dense.bias"]
+    return weights
+
+
+def widen_one(weights):
+    weights["encoder.layer.1.output.dense.bias"] = torch.zeros(7)
+    return weights
+
+
+def rename_all(weights):
+    return {f"net.{name}": w for name, w in weights.items()}
+
+
+@pytest.mark.parametrize("change, words", [
+    (drop_one, "encoder.layer.1.output.dense.bias is missing, and so 1 of the"),
+    (widen_one, "encoder.layer.1.output.dense.bias has another shape"),
+    (rename_all, "begins with net.embeddings.LayerNorm")])
+def test_missing_weights_are_named(tmp_path, change, words):
+    change_weights(language_model(tmp_path), change)
+    with pytest.raises(UserError, match=words):
+        data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+
+
+def test_a_missing_pooler_does_not_matter(tmp_path):
+    change_weights(language_model(tmp_path), lambda weights: {
+        n: w for n, w in weights.items() if not n.startswith("pooler.")})
+    encoder, encode = data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+    assert encoder.pooler is None and ", 0 weights missing; split = unsplit" in encode.said()
+
+
+def test_weights_of_a_head_are_left_out_and_counted(tmp_path):
+    change_weights(language_model(tmp_path), lambda weights: {
+        **{f"bert.{n}": w for n, w in weights.items()}, "classifier.bias": torch.zeros(2),
+        "classifier.weight": torch.zeros(2, 16)})
+    _, encode = data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+    assert "0 weights missing, 2 other weights of the file left out;" in encode.said()
+
+
+@pytest.mark.parametrize("kind, settings, words", [
+    ("Bert", {"is_decoder": True}, "is a BertModel, which does more"),
+    ("RobertaPreLayerNorm", {}, "is a RobertaPreLayerNormModel, which does more"),
+    ("RoFormer", {"embedding_size": 16}, "is a RoFormerModel, and no batch passes"),
+    ("MPNet", {}, "is a MPNetModel; models that can be cut are BERT-type"),
+    ("Granite", {"embedding_multiplier": 3.0, "num_key_value_heads": 1}, "is a GraniteModel, wh"),
+    ("Albert", {"embedding_size": 8}, "is a AlbertModel; models that can be cut are")])
+def test_a_model_that_would_be_computed_otherwise_is_refused(tmp_path, kind, settings, words):
+    language_model(tmp_path, kind, **settings)
+    with pytest.raises(UserError, match=words):
+        data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("Electra", {"embedding_size": 8}), ("ConvBert", {"embedding_size": 8}),
+    ("DistilBert", {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32}),
+    ("Llama", {"num_key_value_heads": 1}), ("GPT2", {}),
+    ("Mistral", {"num_key_value_heads": 1, "sliding_window": 2})])
+def test_a_model_that_can_be_cut_is_the_librarys(tmp_path, kind, settings):
+    """The states of the split are those of AutoModel, and --dropout reaches every layer."""
+    from transformers import AutoModel
+
+    from elsa import SplitEncoder
+    language_model(tmp_path, kind, **settings)
+    encoder, encode = data.text_encoder(str(tmp_path), 8, .3, tmp_path)
+    rates = [m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)]
+    rates += [m.attention_dropout for m in encoder.modules()
+              if isinstance(getattr(m, "attention_dropout", None), float)]
+    assert rates and set(rates) == {.3}
+    ids, mask = encode(["red blue green car dog", "dog"])
+    own = AutoModel.from_pretrained(tmp_path).eval()(input_ids=ids, attention_mask=mask)
+    split = SplitEncoder(encoder, 2).eval()
+    found = split.last_states(*split.part1(ids, mask, 2), 2)
+    torch.testing.assert_close(found[mask > 0], own.last_hidden_state[mask > 0])
+    if kind in ("Llama", "Mistral", "GPT2"):
+        read = own.last_hidden_state[[0, 1], [6, 2]]  # [CLS] five words [SEP]; [CLS] a word [SEP]
+    else:
+        read = own.last_hidden_state[:, 0]
+    torch.testing.assert_close(split.read(found, split.embed(ids, mask)[1]), read)
+
+
+def test_unknown_words_and_texts_that_are_cut_are_counted(tmp_path):
+    language_model(tmp_path, tokenizer=word_tokenizer(padding_side="left"))
+    _, encode = data.text_encoder(str(tmp_path), 6, 0.0, tmp_path)
+    ids, mask = encode(["red blue", "dog cat tree house", "dog cat tree house run sing",
+                        "red frog"])
+    assert ids.tolist() == [[2, 4, 5, 3, 0, 0], [2, 8, 9, 10, 11, 3], [2, 8, 9, 10, 11, 3],
+                            [2, 4, 1, 3, 0, 0]]
+    assert mask.sum(1).tolist() == [4, 6, 6, 4]
+    assert encode.said() == (
+        f"BertModel of {tmp_path}, 3 blocks, width 16, 0 weights missing, padding moved to the "
+        "right, 8.3% unknown tokens, 1 of 4 texts cut at 6 tokens; split = unsplit on one batch")
+    encode(["frog toad newt salamander"] * 5)
+    with pytest.raises(UserError, match=r"does not know 6\d% of the words \(\[UNK\]\)"):
+        encode.said()
+
+
+@pytest.mark.parametrize("kind", ["Bert", "GPT2"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, kind):
+    language_model(tmp_path, kind)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer"):
+        _, encode = data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+        encode(["red blue"])
+        encode.said()
+
+
+def test_places_that_begin_after_the_padding_are_not_overrun(tmp_path):
+    language_model(tmp_path, "Roberta", word_tokenizer(ROBERTA))  # 12 places, of which 0 pads
+    _, encode = data.text_encoder(str(tmp_path), 512, 0.0, tmp_path)
+    ids, _ = encode(["dog " * 80, "cat"])
+    assert ids.shape == (2, 11) and "1 of 2 texts cut at 11 tokens" in encode.said()
+
+
+def test_a_missing_padding_token_is_stood_in_for(tmp_path):
+    """Padding is masked, so the states of a short text are those it has alone."""
+    for kind in ("Bert", "Llama"):
+        root = tmp_path / kind
+        language_model(root, kind, word_tokenizer(pad_token=None), num_key_value_heads=1,
+                       pad_token_id=None if kind == "Llama" else 0)
+        encoder, encode = data.text_encoder(str(root), 8, 0.0, root)
+        assert "[SEP] pads" in encode.said()
+        ids, mask = encode(["red", "red blue green"])
+        assert mask.sum(1).tolist() == [3, 5] and (encoder.config.pad_token_id is not None)
+        both = encoder(input_ids=ids, attention_mask=mask).last_hidden_state[0, :3]
+        torch.testing.assert_close(both, encoder(input_ids=ids[:1, :3]).last_hidden_state[0])
+
+
+def test_an_encoder_whose_tokenizer_adds_no_cls_is_refused_and_a_decoder_is_not(tmp_path):
+    language_model(tmp_path / "bert", tokenizer=word_tokenizer(frame=False))
+    with pytest.raises(UserError, match=r"no \[CLS\] before a text"):
+        data.text_encoder(str(tmp_path / "bert"), 8, 0.0, tmp_path)
+    language_model(tmp_path / "gpt", "GPT2", word_tokenizer(frame=False))
+    _, encode = data.text_encoder(str(tmp_path / "gpt"), 8, 0.0, tmp_path)
+    ids, mask = encode(["red blue", "", "dog"])
+    assert ids.tolist() == [[4, 5], [0, 0], [8, 0]]
+    assert mask.sum(1).tolist() == [2, 1, 1] and "25% unknown" in encode.said()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    language_model(tmp_path, tokenizer=word_tokenizer(words=[*WORDS, *"abcdefgh"]))
+    _, encode = data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+    with pytest.raises(UserError, match="has a token 28, its embeddings end at 23"):
+        encode(["red h"])
+
+
+def test_a_tokenizer_is_taken_as_its_file_says(tmp_path):
+    """The library would read a Qwen2's with the rules of Qwen2, by which no word here is known."""
+    language_model(tmp_path, "Qwen2", num_key_value_heads=1)
+    _, encode = data.text_encoder(str(tmp_path), 8, 0.0, tmp_path)
+    assert encode(["red blue"])[0].tolist() == [[2, 4, 5, 3]] and "unknown" not in encode.said()
+
+
+def test_without_a_network_the_hub_is_asked_once_and_the_copy_taken(tmp_path, monkeypatch):
+    asked = []
+
+    def silent(url, **_):
+        asked.append(url)
+        raise ConnectionError("nobody there")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="does not answer: nobody there") as stop:
+        data.text_encoder("me/tiny", 8, 0.0, tmp_path)
+    assert len(asked) == 1 and asked[0].endswith("/me/tiny/resolve/main/config.json")
+    assert str(tmp_path) in str(stop.value) and "\n" not in str(stop.value)
+    copy = tmp_path / "models--me--tiny"  # as the hub's own client keeps it
+    language_model(copy / "snapshots" / ("a" * 40))
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("a" * 40)
+    encoder, encode = data.text_encoder("me/tiny", 8, 0.0, tmp_path)
+    assert type(encoder).__name__ == "BertModel" and len(asked) == 2
+    assert encode.said().startswith("BertModel of me/tiny, 3 blocks")
+
+
+def test_half_precision_is_loaded_and_said(tmp_path):
+    language_model(tmp_path, "Llama", num_key_value_heads=1)
+    encoder, encode = data.text_encoder(str(tmp_path), 8, 0.0, tmp_path, torch.bfloat16)
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    assert encoder.rotary_emb.inv_freq.dtype == torch.float32 and "bfloat16" in encode.said()
+
+
+def test_tiny_decoder_learns_words_and_is_cached(tmp_path):
+    """After training, the state at the end of a text says more of its words than before."""
+    def named(steps):
+        config = data.TinyBertConfig(width=16, layers=1, heads=2, sentences=300, steps=steps)
+        model, encode = data.tiny_decoder(0, tmp_path, config)
+        said = [w for words in data.TOPIC_WORDS for w in words[:2]]
+        ids, mask = encode([f"the {a} and {b}" for a, b in zip(said[::2], said[1::2], strict=True)])
+        assert mask.sum(1).tolist() == [6] * 5 and (ids[:, 5] == ids.max()).all()
+        states = model(ids, mask).last_hidden_state[:, 5]
+        ranks = (states @ model.get_input_embeddings().weight.T).log_softmax(-1)
+        return ranks.gather(1, ids[:, [2, 4]]).mean().item(), model
+    (before, _), (after, model) = named(5), named(150)
+    assert after > before + .3
+    assert len(list(tmp_path.glob("tiny-decoder-*.pt"))) == 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), named(150)[1].parameters(),
+                                                 strict=True))
+    assert len(list(tmp_path.glob("tiny-decoder-*.pt"))) == 2
