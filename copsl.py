@@ -14,7 +14,7 @@ Run
     python copsl.py --problems re                          its engineering problems RE31-34, RE37
     python copsl.py --method all --loss tch                CoPSL, CoPSL with GradNorm, separate PSL
     python copsl.py --recipe tuned                         our recipe: same network, better fronts
-    python copsl.py --problems mine.py:Truss mine.py:Beam  your own (see data.get_problem)
+    python copsl.py --problems mine.py:Truss mine.py:Beam  your own (see data.OwnProblem)
 
 Paper map (the numbering is ours, in the order of the paper's method section)
     Eq. E1  Pareto set model        CoPSL.forward, PSL
