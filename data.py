@@ -2850,9 +2850,10 @@ class OwnProblem(Problem):
     def _check_rows(self, x):
         """Whether a point's value is its own: that of no other point, the same each time."""
         low, high = self.probe.aminmax(dim=0)
+        most = 1e-4 * (high - low) + 1e-6 * high.abs()  # rounding, which float32 has more of
 
-        def same(f):  # but for rounding, which float32 has more of
-            return ((f - self.probe[:len(f)]).abs() <= 1e-4 * (high - low) + 1e-6 * high.abs()).all()
+        def same(f):
+            return ((f - self.probe[:len(f)]).abs() <= most).all()
         with torch.no_grad():
             if same(self.evaluate(x[:len(x) // 2])):
                 return
@@ -2913,6 +2914,8 @@ class OwnProblem(Problem):
         if not self.estimated or not flat.any():
             return []
         which = ", ".join(str(j + 1) for j in flat.nonzero().flatten().tolist())
+        if "nadir" not in self.estimated:
+            return [f"objective {which}: nothing found lies below the nadir that the file gives"]
         return ["one point is best in all objectives, which do not conflict; there is no front"
                 if flat.all() else f"objective {which} is the same all over the front found: it "
                 "has no range"]
