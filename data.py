@@ -2892,11 +2892,10 @@ class OwnProblem(Problem):
         low, high = self.probe.aminmax(dim=0)
         wide = torch.where(high > low, high - low, 1)
         self.unit = 2.0 ** wide.log2().round()
-        ranges = " and ".join(f"{a:.3g}..{b:.3g}" for a, b in zip(low, high, strict=True))
         missing = " and ".join(self.estimated)
         self.said = "; ".join([
-            f"{self.n_var} variables, {self.n_obj} objectives, range {ranges} at {len(x)} random "
-            f"points, {told}", *self.remarks,
+            f"{self.n_var} variables, {self.n_obj} objectives, range {_spans(low, high)} at "
+            f"{len(x)} random points, {told}", *self.remarks,
             *([f"{missing} to be estimated after training"] if missing else [])])
 
     def estimate(self, front, lowest):
@@ -2939,12 +2938,21 @@ class OwnProblem(Problem):
         low, high = self.probe.aminmax(dim=0)
         wide = high - low
         if wide.amax() > 10 * wide.amin() or (low < -.1 * wide).any() or (low > 10 * wide).any():
-            return " and ".join(f"{a:.3g}..{b:.3g}" for a, b in zip(low, high, strict=True))
+            return _spans(low, high)
         return ""
 
 
 def _shown(x):
     return "[" + ", ".join(f"{v:.4g}" for v in x[:12].tolist()) + (", ...]" if len(x) > 12 else "]")
+
+
+def _spans(low, high):
+    """The ranges of m objectives, with as many digits as it takes to tell their ends apart."""
+    told = []
+    for a, b in zip(low.tolist(), high.tolist(), strict=True):
+        more = math.log10(max(abs(a), abs(b)) / (b - a)) if b > a else 0
+        told.append(f"{a:.{min(15, 3 + math.ceil(more))}g}..{b:.{min(15, 3 + math.ceil(more))}g}")
+    return " and ".join(told)
 
 
 def _line(error):
@@ -3062,9 +3070,8 @@ def tell_ranges(problems):
     """Print what the * of estimated problems stands for."""
     for p in problems:
         if p.estimated:
-            told = " and ".join(f"{key} {_shown(getattr(p, key))}" for key in p.estimated)
-            print(f"* {p.name}: {told} estimated from what this run found; its numbers compare "
-                  "with no other run's")
+            print(f"* {p.name}: {' and '.join(p.estimated)} estimated from what this run found, "
+                  f"{_spans(p.ideal, p.nadir)}; its numbers compare with no other run's")
 
 
 def settle(run, problems, state, evaluations, directions=None):
@@ -3119,7 +3126,8 @@ def reference_front(problem, count=1000, steps=1000, progress=lambda items, *_, 
         return torch.empty(0, problem.n_obj, dtype=torch.float64)
     values = problem.evaluate if problem.own else problem
     preferences = das_dennis(problem.n_obj, count).clamp_min(1e-4)
-    start = numpy_generator(0, "reference", problem.name).normal(
+    named = "own" if problem.own else problem.name  # a user's search does not hang on a name
+    start = numpy_generator(0, "reference", named).normal(
         size=(len(preferences), problem.n_var))
     u = torch.from_numpy(start).requires_grad_()
     optimizer = torch.optim.Adam([u], lr=.1)

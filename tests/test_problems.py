@@ -5,8 +5,8 @@ point at a time, and share nothing with data.py.
 """
 import itertools
 import math
-from pathlib import Path
 from math import cos, exp, pi, sin, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1294,7 +1294,7 @@ def test_search_leaves_out_where_a_function_is_not_finite(tmp_path):
         "x[:, 1]]", "torch.where((x[:, 0] > .7) & (x[:, 1] < .1), torch.nan, x[:, 1])]"))
     problem = data.get_problem(f"{path}:P")
     problem.ideal, problem.nadir = torch.zeros(2).double(), torch.ones(2).double()
-    front = data.reference_front(problem, 40, 200, warn=notes.append)
+    front = data.reference_front(problem, 40, 600, warn=notes.append)
     assert len(notes) == 1 and "of 40 points of the reference search are not finite" in notes[0]
     assert len(front) > 10 and front.isfinite().all()
     low = front[:, 0] < .69
