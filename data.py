@@ -2915,7 +2915,8 @@ class OwnProblem(Problem):
         which = ", ".join(str(j + 1) for j in flat.nonzero().flatten().tolist())
         if "nadir" not in self.estimated:
             return [f"objective {which}: nothing found lies below the nadir that the file gives"]
-        return ["one point is best in all objectives, which do not conflict; there is no front"
+        return ["one of the points found is best in all objectives: they do not conflict, or "
+                "training is far from a front"
                 if flat.all() else f"objective {which} is the same all over the front found: it "
                 "has no range"]
 

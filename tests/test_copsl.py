@@ -613,7 +613,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     wait_for_rows(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
-    said, *lines = err.strip().splitlines()
+    said, *lines = [line for line in err.splitlines() if line]
     assert said.startswith("problems: ")
     assert len(lines) == 1 and "--resume" in lines[0] and str(folder) in lines[0]
     assert "psl, step" in lines[0]
