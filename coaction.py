@@ -723,11 +723,11 @@ def draw_figure(world, run, state, results, own, path):
     references = share(own[k] if k in own else data.reference_front(
         p, 400 if p.front else count, progress=run.progress) for k, p in enumerate(problems))
     titles = []
-    for k, n in enumerate(names):
+    for k, (n, p) in enumerate(zip(names, problems, strict=True)):
         beyond = sum(int((fronts[m][k] > 1.6).any(-1).sum()) for m in shown)
         hv = sum(results[shown[-1]]["hv"][n]) / world.args.seeds
         titles.append(f"{n}  HV {hv:.3f}" + (f", {beyond} points beyond" if beyond else "")
-                      + "\nideal, nadir estimated" * bool(problems[k].estimated))
+                      + f"\n{', '.join(p.estimated)} estimated" * bool(p.estimated))
     columns = min(len(names), 3 if len(names) <= 9 else 6)
     wide, tall = 3.2 * columns, max(3.0 * -(-len(names) // columns), 4.2)
     heat = results.get("coaction", {}).get("attention")

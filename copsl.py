@@ -646,16 +646,16 @@ def report(world, run, state):
                if len(f) else None for f, p in zip(references, problems, strict=True)]
     for key, title in (("hv", "HV of (f - ideal) / (nadir - ideal)"),
                        ("hv_official", "HV of f / nadir, as the authors' code")):
-        shown = [p for p in problems if all(p.name in r.get(key, {}) for r in results.values())]
+        having = [p for p in problems if all(p.name in r.get(key, {}) for r in results.values())]
         front = [["reference front", *("-" if v is None else f"{v:.4f}" for v in ceiling)]]
-        if shown:
-            run.table([title, *(p.name + " *" * bool(p.estimated) for p in shown)],
-                      [[METHODS[m], *(common.spread(r[key][p.name]) for p in shown)]
+        if having:
+            run.table([title, *(p.name + " *" * bool(p.estimated) for p in having)],
+                      [[METHODS[m], *(common.spread(r[key][p.name]) for p in having)]
                        for m, r in results.items()] + (front if key == "hv" else []))
             print()
     data.tell_ranges(problems)
-    if len(shown) < len(names):
-        print(f"no f / nadir of {', '.join(p.name for p in problems if p not in shown)}: a nadir "
+    if len(having) < len(names):
+        print(f"no f / nadir of {', '.join(p.name for p in problems if p not in having)}: a nadir "
               "there is not above 0")
     run.table(["", "parameters", "CPU-s, all seeds"], [
         [METHODS[m], found["parameters"], found["spent"]] for m, found in state["done"].items()])
@@ -688,7 +688,8 @@ def draw_figure(world, fronts, results, references, path):
     def scaled(front):  # as the authors draw it, unless a nadir is not above 0
         return [f / p.nadir if (p.nadir > 0).all() else (f - p.ideal) / (p.nadir - p.ideal)
                 for f, p in zip(front, world.problems, strict=True)]
-    titles = [f"{p.name}   HV {hv(p.name)}" + "\nideal, nadir estimated" * bool(p.estimated)
+    titles = [f"{p.name}   HV {hv(p.name)}"
+              + f"\n{', '.join(p.estimated)} estimated" * bool(p.estimated)
               + "\n(f - ideal) / (nadir - ideal)" * bool((p.nadir <= 0).any())
               for p in world.problems]
     with common.figure(path, f"CoPSL: learned fronts of seed {world.args.seed} as f / nadir; mean "

@@ -3044,7 +3044,7 @@ def tell_problems(run, problems, evaluations, directions=None, normalised=True):
         run.source("problems", "; ".join(said), [_fixed_values(p) for p in built_in])
     for p in problems:
         if p.own:
-            count, steps = search_size(p.n_obj, evaluations - PROBES, directions)
+            count, steps = search_size(p.n_obj, evaluations - 2 * PROBES, directions)
             search = (f"then {count} x {steps} evaluations in search of a reference front, beside "
                       f"{evaluations} of training" if count else "no search for a reference front")
             search = "its own reference front" if p.front else search
@@ -3095,15 +3095,15 @@ def settle(run, problems, state, evaluations, directions=None):
         p.estimate(last[non_dominated(last)], lowest)
         if p.name not in known:
             try:
-                count, steps = search_size(p.n_obj, evaluations - PROBES, directions)
+                count, steps = search_size(p.n_obj, evaluations - 2 * PROBES, directions)
                 known[p.name] = reference_front(p, 1000 if p.front else count, steps, run.progress,
                                                 run.warn)
+                run.save(state, "all of training, and reference fronts")
             except Exception as error:
                 run.warn(f"problem {p.name}: the search for a reference front ended early "
                          f"({_line(error)}); what training found takes its place")
-                known[p.name] = last[:0]
-            run.save(state, "all of training, and reference fronts")
-        best = known[p.name] if p.front else torch.cat([known[p.name], last])
+        best = known.get(p.name, last)
+        best = best if p.front and p.name in known else torch.cat([best, last])
         best = best[non_dominated(best)]
         lowest = torch.minimum(lowest, best.amin(0))
         for text in [*p.estimate(best, lowest), *p.beaten(best, lowest)]:

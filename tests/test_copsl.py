@@ -815,7 +815,7 @@ def test_an_own_function_is_called_no_more_than_twice_as_often_as_in_training(
     folder = own_run(run_here, *words, steps=100)
     training = 2 * (100 * 8 + 6 * 100)  # seeds, steps, batch; tests
     seen = calls(path)
-    assert training < seen <= 2 * training + 32
+    assert 1.9 * training < seen <= 2 * training
     own_run(run_here, *words, "--resume", steps=100)
     assert calls(path) - seen == 32 + 16  # is it the same function still?
     again = result(folder)
@@ -849,6 +849,7 @@ def test_search_that_ends_early_loses_nothing(run_here, tmp_path, monkeypatch, c
     else:
         own_run(run_here, "a", "--problems", f"{path}:Open", steps=20)
         assert "ended early (RuntimeError: two lines)" in capsys.readouterr().err
+        assert torch.load(tmp_path / "a" / "checkpoint.pt")["state"].get("reference", {}) == {}
         found = result(tmp_path / "a")
         assert found["reference_hv"][0] >= max(found["results"]["copsl"]["hv"]["Open"])
 
