@@ -352,9 +352,12 @@ class World:
         self.problems, self.seeds, self.args = problems, seeds, args
         self.device, self.dtype, self.tuned = device, dtype, args.recipe == "tuned"
         self.n_objs, self.n_vars = [p.n_obj for p in problems], [p.n_var for p in problems]
+        # A user's task is evaluated on the CPU in float64: objectives like 2e7 + x have no digits
+        # to spare. They are float32 when they have become shares of a range (train_step).
+        self.exact = torch.float64 if torch.device(device).type != "mps" else dtype
         # Networks answer in the unit cube; lower + width · x brings a solution to its task's bounds
-        self.boxes = [(p.lower.to(device, dtype), (p.upper - p.lower).to(device, dtype))
-                      for p in problems]
+        self.boxes = [(p.lower.to(*at), (p.upper - p.lower).to(*at)) for p in problems
+                      for at in [("cpu", torch.float64) if p.own else (device, dtype)]]
         grids = {m: test_preferences(m, args.eval_points).to(device, dtype)
                  for m in set(self.n_objs)}
         self.tests = [grids[m] for m in self.n_objs]  # K x (N_k, m_k)
@@ -386,9 +389,15 @@ class World:
                 for m in sorted(set(self.n_objs))}
 
     def values(self, solutions):
-        """K solutions (S, B, n_k) of the unit cubes -> K objectives (S, B, m_k)."""
-        return [p(low + width * x) for p, (low, width), x in
+        """K solutions (S, B, n_k) of the unit cubes -> K objectives (S, B, m_k), float64 if own."""
+        return [p(low + width * x.to(low)) for p, (low, width), x in
                 zip(self.problems, self.boxes, solutions, strict=True)]
+
+    def evaluations(self, methods):
+        """How often training and its tests evaluate each task, for so many methods."""
+        args = self.args
+        tests = (1 + -(-args.steps // args.eval_every)) * min(map(len, self.tests))
+        return methods * args.seeds * (args.steps * args.batch + tests)
 
     def test_batch(self):
         """K x (S, N, m_k): each task's test preferences, over and over to the longest list's N."""
@@ -398,10 +407,14 @@ class World:
         return [t[rows % len(t)].expand(len(self.seeds), -1, -1) for t in self.tests]
 
     @torch.no_grad()
-    def fronts(self, net):
-        """K x (S, N_k, m_k) objectives at each task's own test preferences."""
-        f = self.values(net(self.test_batch()))
-        return [values[:, :len(t)] for values, t in zip(f, self.tests, strict=True)]
+    def fronts(self, net, known=()):
+        """K x (S, N_k, m_k) objectives at each task's own test preferences; None for `known` k."""
+        found = []
+        for k, x in enumerate(net(self.test_batch())):
+            p, (low, width), count = self.problems[k], self.boxes[k], len(self.tests[k])
+            x = x[:, :count] if p.own else x
+            found.append(None if k in known else p(low + width * x.to(low))[:, :count])
+        return found
 
 
 def test_preferences(n_obj, count):
@@ -416,15 +429,17 @@ def train_step(world, net, optimizer, p, ranges):
     """One step of all seeds; p: list of K preferences (S, B, m_k) -> loss (S,) before the step."""
     solutions = net(p)  # K x (S, B, n_k)
     losses = []
-    for k, f in enumerate(world.values(solutions)):
+    for k, (f, problem) in enumerate(zip(world.values(solutions), world.problems, strict=True)):
+        if problem.own:
+            f = (f / problem.unit if world.tuned else f).to(world.device, world.exact)
         if world.tuned:  # UNSPECIFIED 4
             # Objectives as shares of the range between ideal and nadir, both estimated on the way:
             # kilograms and millimetres then count alike, and so do the tasks in the sum below.
             ranges[k] = ideal, nadir = update_range(*ranges[k], f)
-            f = (f - ideal) / (nadir - ideal).clamp_min(1e-12)
+            f = ((f - ideal) / (nadir - ideal).clamp_min(1e-12)).to(world.dtype)
             losses.append(smooth_tchebycheff(f, p[k], world.args.mu).mean(-1))
         else:
-            losses.append(modified_tchebycheff(f, p[k]).sum(-1))
+            losses.append(modified_tchebycheff(f.to(world.dtype), p[k]).sum(-1))
     # Eq. (E4): Σ_k mean_b g(f_k(x_k(p_b)), p_b); with --recipe copsl the sum over b
     loss = torch.stack(losses, -1).sum(-1)  # (S,)
     total = loss.sum()  # no seed's loss depends on another seed's parameters
@@ -442,25 +457,49 @@ def train_step(world, net, optimizer, p, ranges):
     return loss.detach()
 
 
+MEASURES = ("hv", "range", "sparsity")
+
+
 @torch.no_grad()
 def evaluate(world, net):
-    """E5 for every seed -> dict seed -> {"hv", "range", "sparsity": K numbers each}.
+    """E5 for every seed -> seed: {"hv", "range", "sparsity": K numbers each, "fronts"}.
 
-    All on (f - ideal) / (nadir - ideal): Hypervolume with reference 1.1, Range in radians (NaN for
-    m > 3), Sparsity (smaller is denser). UNSPECIFIED 5.
+    fronts: k -> the objectives (N, m) of own tasks. A task that came without ideal or nadir has
+    None: they are estimated, and its fronts measured, when training is done.
     """
-    # On the scale of each task's own front, or tasks in tons would outweigh tasks in millimetres
-    found = {s: {"hv": [], "range": [], "sparsity": []} for s in world.seeds}
-    for problem, values in zip(world.problems, world.fronts(net), strict=True):
-        f = (values.cpu().double() - problem.ideal) / (problem.nadir - problem.ideal)
+    found = {s: {**{key: [] for key in MEASURES}, "fronts": {}} for s in world.seeds}
+    for k, (problem, f) in enumerate(zip(world.problems, world.fronts(net), strict=True)):
         for s, seed in enumerate(world.seeds):
             common.check_finite(f[s], f"{problem.name}: an objective of the learned front")
-            # Eq. (E5): the three measures of the abstract. Hypervolume: how good; Range: how far
-            # the front reaches; Sparsity: how large the gaps in it are.
-            found[seed]["hv"].append(common.hypervolume(f[s], [1.1] * problem.n_obj))
-            found[seed]["range"].append(common.angular_range(f[s]))
-            found[seed]["sparsity"].append(common.sparsity(f[s]))
+            measured = [None] * 3 if problem.estimated else measure(problem, f[s])
+            for key, value in zip(MEASURES, measured, strict=True):
+                found[seed][key].append(value)
+            if problem.own:
+                found[seed]["fronts"][k] = f[s].cpu().clone()
     return found
+
+
+def measure(problem, f):
+    """MEASURES of a front (N, m), all on (f - ideal) / (nadir - ideal). UNSPECIFIED 5.
+
+    Hypervolume with reference 1.1, Range in radians (NaN for m > 3), Sparsity (smaller is denser).
+    """
+    # On the scale of each task's own front, or tasks in tons would outweigh tasks in millimetres
+    f = (f.cpu().double() - problem.ideal) / (problem.nadir - problem.ideal)
+    # Eq. (E5): the three measures of the abstract. Hypervolume: how good; Range: how far the front
+    # reaches; Sparsity: how large the gaps in it are.
+    return (common.hypervolume(f, [1.1] * problem.n_obj), common.angular_range(f),
+            common.sparsity(f))
+
+
+def measure_late(world, state):
+    """Measure the fronts of tasks whose ideal and nadir are known only now."""
+    for done in state["done"].values():
+        for row in (r for found in done["history"].values() for r in found.values()):
+            for k, f in row["fronts"].items():
+                if world.problems[k].estimated:
+                    for key, value in zip(MEASURES, measure(world.problems[k], f), strict=True):
+                        row[key][k] = value
 
 
 @torch.no_grad()
@@ -501,7 +540,8 @@ def train(world, run, method, saved, save):
             common.check_finite(loss, f"{method}: the loss after step {done}")
             history[done] = run.gather(evaluate(world, net))
             now = [v for found in history[done].values() for v in found["hv"]]
-            run.log(method=method, step=done, loss=loss.mean().item(), hv=sum(now) / len(now))
+            known = {} if None in now else {"hv": sum(now) / len(now)}
+            run.log(method=method, step=done, loss=loss.mean().item(), **known)
         if done % args.save_every == 0 or done == args.steps:
             # Seed by seed, so that a run may be continued by another number of processes.
             more = {f"{which} {k}": t for k, pair in enumerate(ranges)
@@ -524,12 +564,14 @@ def build_parser():
     add = parser.group("tasks")
     add("--suite", sorted(SUITES), None, "f: F1-F6 (default); zdt; re2, re3: real-world problems "
         "with 2, 3 objectives; re-mixed: 2, 3 and 4 together; mtmo: the nine CEC 2017 pairs")
-    add("--problems", str, None, "instead of a suite: names such as f1 zdt3 re41 cihs1, or "
+    add("--problems", str, None, "instead of a suite: names such as f1 zdt3 re41 cihs1, suites, or "
         "FILE.py:NAME", nargs="+", metavar="NAME")
     add("--shift", float, 0.0, "move the optima of mtmo tasks by up to this fraction of half the "
         "width (default 0: several lie in the middle, where a network starts)", low=0, high=.9)
     add("--eval-points", int, None, "test preferences (default 100; 105 for 3 objectives, at most "
         "210 for more)", low=4)
+    add("--reference", int, None, "directions of the search for a front that has no formula, 1,000 "
+        "evaluations each (default 400; of own tasks as many as evaluations of training)", low=0)
     add = parser.group("method")
     add("--method", str, "psl,copsl,coaction", f"{', '.join(METHODS)}, several with commas, or all;"
         " copsl is left out where objectives differ in number")
@@ -562,7 +604,7 @@ def resolve(args):
     if args.problems is None:
         args.suite = args.suite or "f"
         args.problems = SUITES[args.suite]
-    args.problems = list(dict.fromkeys(n if ".py:" in n else n.lower() for n in args.problems))
+    args.problems = data.problem_names(args.problems, SUITES)
     args.threads = args.threads or 1
     return args
 
@@ -579,8 +621,15 @@ def main(argv=None):
     with common.Run(args, f"coaction-{args.suite or 'problems'}") as run:
         seeds = run.share_seeds(args.seed, args.seeds)
         state = run.load() or {"done": {}, "trained": {}, "current": None}
-        run.begin()
         world = World(problems, seeds, args, run.device)
+        data.tell_problems(run, problems, world.evaluations(len(methods)), args.reference,
+                           world.tuned)
+        if args.eval_points:
+            for m, test in {p.n_obj: t for p, t in zip(problems, world.tests, strict=True)}.items():
+                if len(test) != args.eval_points:
+                    run.warn(f"--eval-points {args.eval_points}: {len(test)} of {m} objectives are "
+                             "spread evenly")
+        run.begin()
         for method in methods:
             if method in state["done"]:
                 continue
@@ -609,7 +658,7 @@ def summarise(found, names):
         return {n: [None if math.isnan(rows[s][key][k]) else rows[s][key][k] for s in sorted(rows)]
                 for k, n in enumerate(names)}
 
-    result = {key: table(last, key) for key in ("hv", "range", "sparsity")}
+    result = {key: table(last, key) for key in MEASURES}
     result |= {"initial_hv": table(first, "hv"), "parameters": found["parameters"]}
     if found["maps"]:
         maps = [found["maps"][s] for s in sorted(found["maps"])]  # in one order on any processes
@@ -619,13 +668,18 @@ def summarise(found, names):
 
 def report(world, run, state):
     """Tables, figure, result.json and the RESULT line."""
-    names, args = [p.name for p in world.problems], world.args
+    problems, args = world.problems, world.args
+    names = [p.name for p in problems]
+    own = data.settle(run, problems, state, world.evaluations(len(state["done"])), args.reference)
+    measure_late(world, state)
     results = {m: summarise(found, names) for m, found in state["done"].items()}
     for key, title in (("hv", "Hypervolume"), ("range", "Range (radians)"),
                        ("sparsity", "Sparsity (smaller is denser)")):
         run.table([title, *(METHODS[m] for m in results)],
-                  [[n, *(common.spread(r[key][n]) for r in results.values())] for n in names])
+                  [[p.name + " *" * bool(p.estimated),
+                    *(common.spread(r[key][p.name]) for r in results.values())] for p in problems])
         print()
+    data.tell_ranges(problems)
     means, fresh = ({m: sum(map(sum, r[key].values())) / len(names) / args.seeds
                      for m, r in results.items()} for key in ("hv", "initial_hv"))
     run.table(["", "mean HV", "before training", "parameters", "CPU-s, all seeds"],
@@ -633,21 +687,20 @@ def report(world, run, state):
                 state["done"][m]["spent"]] for m, r in results.items()])
     print(f"mean ± std over {args.seeds} seeds; all of (f - ideal) / (nadir - ideal); CPU-s of "
           "this process, evaluation included")
-    missing = sorted(p.name for p in world.problems if p.stand_in)
-    if missing:
-        print(f"no {', '.join(missing)} in {args.data_dir / 'mtmo'}: random matrices stand in for "
-              "the competition's, so numbers of these tasks compare with nobody else's")
     shown = "coaction" if "coaction" in results else list(results)[-1]
+    estimated = [key for key, p in zip(data.file_names(problems), problems, strict=True)
+                 if p.estimated]
     run.finish({"problems": names, "recipe": args.recipe, "seed": args.seed, "seeds": args.seeds,
-                "stand_in_matrices": missing, "results": results},
-               lambda path: draw_figure(world, state, results, path),
+                "stand_in_matrices": sorted(p.name for p in problems if p.stand_in),
+                "ranges": data.ranges(problems), "results": results},
+               lambda path: draw_figure(world, run, state, results, own, path),
                script="coaction", suite=args.suite or "own", method=shown, recipe=args.recipe,
                seeds=args.seeds, hv=means[shown],
                **{f"hv_{m.replace('-', '_')}": v for m, v in means.items() if m != shown},
-               out=run.out_dir)
+               **({"estimated": ",".join(estimated)} if estimated else {}), out=run.out_dir)
 
 
-def draw_figure(world, state, results, path):
+def draw_figure(world, run, state, results, own, path):
     """Left: fronts per task (first seed of rank 0). Right: mean attention between tasks."""
     looks = {"coaction": (common.BLUE, "o"), "copsl": (common.ORANGE, "x"),
              "psl": (common.AMBER, "^"), "no-attention": (common.GREEN, "+"),
@@ -655,19 +708,28 @@ def draw_figure(world, state, results, path):
     styles = {m: (METHODS[m].strip(), *look) for m, look in looks.items()}
     shown = [m for m in ("psl", "copsl", "coaction") if m in results] or list(results)[:3]
     problems, names = world.problems, [p.name for p in world.problems]
+
+    def share(values):
+        return [(f.cpu().double() - p.ideal) / (p.nadir - p.ideal)
+                for f, p in zip(values, problems, strict=True)]
     fronts = {}
     for method in shown:
         net, _ = world.network(method)
         for name, p in net.named_parameters():
             p.data.copy_(torch.stack([state["trained"][method][s][name] for s in world.seeds]))
-        fronts[method] = [(f[0].cpu().double() - p.ideal) / (p.nadir - p.ideal)
-                          for f, p in zip(world.fronts(net), problems, strict=True)]
-    references = [(data.reference_front(p, 400) - p.ideal) / (p.nadir - p.ideal) for p in problems]
+        history = state["done"][method]["history"]
+        kept = history[max(history)][world.seeds[0]]["fronts"]  # own tasks are not evaluated again
+        fronts[method] = share(kept[k] if k in kept else f[0]
+                               for k, f in enumerate(world.fronts(net, kept)))
+    count = 400 if world.args.reference is None else world.args.reference
+    references = share(own[k] if k in own else data.reference_front(
+        p, 400 if p.front else count, progress=run.progress) for k, p in enumerate(problems))
     titles = []
-    for k, n in enumerate(names):
+    for k, (n, p) in enumerate(zip(names, problems, strict=True)):
         beyond = sum(int((fronts[m][k] > 1.6).any(-1).sum()) for m in shown)
         hv = sum(results[shown[-1]]["hv"][n]) / world.args.seeds
-        titles.append(f"{n}  HV {hv:.3f}" + (f", {beyond} points beyond" if beyond else ""))
+        titles.append(f"{n}  HV {hv:.3f}" + (f", {beyond} points beyond" if beyond else "")
+                      + f"\n{', '.join(p.estimated)} estimated" * bool(p.estimated))
     columns = min(len(names), 3 if len(names) <= 9 else 6)
     wide, tall = 3.2 * columns, max(3.0 * -(-len(names) // columns), 4.2)
     heat = results.get("coaction", {}).get("attention")

@@ -755,14 +755,25 @@ def non_dominated(points):
     return torch.from_numpy(moocore.is_nondominated(_array(points)))
 
 
-def hypervolume(points, reference):
-    """Exact volume that `points` dominate inside the box below `reference`; minimisation.
+EXACT = 6  # objectives up to which a hypervolume is computed exactly: time grows with N^(m / 2)
 
-    points: (N, m), reference: (m,) -> float >= 0. Points beyond the reference add nothing. Source:
-    Zitzler and Thiele 1998; computed by moocore.
+
+def hypervolume(points, reference):
+    """Volume that `points` dominate inside the box below `reference`; minimisation.
+
+    points: (N, m), reference: (m,) -> float >= 0. Points beyond the reference add nothing. Exact up
+    to 6 objectives; beyond, an integral over 2^16 evenly spread directions (the same each time),
+    within about 0.3%. Source: Zitzler and Thiele 1998; computed by moocore.
     """
     import moocore
-    return float(moocore.hypervolume(_array(points), ref=_array(reference)))
+    f, corner = _array(points), _array(reference)
+    if len(corner) <= EXACT:
+        return float(moocore.hypervolume(f, ref=corner))
+    f = f[(f < corner).all(1)]
+    if not len(f):
+        return 0.0
+    box = (corner - f.min(0)).prod()  # which an integral might exceed by its error
+    return min(float(moocore.hv_approx(f, ref=corner, nsamples=2 ** 16)), float(box))
 
 
 def angular_range(points):

@@ -14,7 +14,7 @@ Run
     python copsl.py --problems re                          its engineering problems RE31-34, RE37
     python copsl.py --method all --loss tch                CoPSL, CoPSL with GradNorm, separate PSL
     python copsl.py --recipe tuned                         our recipe: same network, better fronts
-    python copsl.py --problems mine.py:Truss mine.py:Beam  your own (see data.get_problem)
+    python copsl.py --problems mine.py:Truss mine.py:Beam  your own (see data.OwnProblem)
 
 Paper map (the numbering is ours, in the order of the paper's method section)
     Eq. E1  Pareto set model        CoPSL.forward, PSL
@@ -324,9 +324,13 @@ class World:
         self.n_obj, self.device, self.dtype = problems[0].n_obj, device, dtype
         self.recipe = dict(TUNED if args.recipe == "tuned" else PAPER)
         self.recipe |= {k: getattr(args, k) for k in ("loss", "lr") if getattr(args, k) is not None}
+        # A user's problem is evaluated on the CPU in float64: objectives like 2e7 + x have no
+        # digits to spare. They are float32 when they have become shares of a range (train_step).
+        own = any(p.own for p in problems)
+        self.exact = torch.float64 if own and torch.device(device).type != "mps" else dtype
         # Networks answer in the unit cube; lower + width · x is the point in the problem's bounds
-        self.boxes = [(p.lower.to(device, dtype), (p.upper - p.lower).to(device, dtype))
-                      for p in problems]
+        self.boxes = [(p.lower.to(*at), (p.upper - p.lower).to(*at)) for p in problems
+                      for at in [("cpu", torch.float64) if p.own else (device, dtype)]]
         self.test = test_preferences(self.n_obj, args.eval_points, self.recipe["circle"])
         self.test = self.test.to(device, dtype)  # (N, m)
 
@@ -348,9 +352,15 @@ class World:
                            1).to(self.device, self.dtype)
 
     def values(self, solutions):
-        """K solutions (S, B, n_k) of the unit cubes -> objectives (S, K, B, m)."""
-        return torch.stack([p(low + width * x) for p, (low, width), x in
-                            zip(self.problems, self.boxes, solutions, strict=True)], 1)
+        """K solutions (S, B, n_k) of the unit cubes -> K objectives (S, B, m), own ones float64."""
+        return [p(low + width * x.to(low)) for p, (low, width), x in
+                zip(self.problems, self.boxes, solutions, strict=True)]
+
+    def evaluations(self):
+        """How often training and its tests evaluate each problem."""
+        args = self.args
+        tests = (1 + -(-args.steps // args.eval_every)) * len(self.test)
+        return len(args.method.split(",")) * args.seeds * (args.steps * args.batch + tests)
 
 
 def test_preferences(n_obj, count, circle):
@@ -374,12 +384,16 @@ def train_step(world, net, optimizer, p, state):
     # each problem says what its solution is worth.
     h = net.read(p)  # (S, K, B, width)
     solutions = net.solve(h)
-    f = world.values(solutions)  # (S, K, B, m)
+    f = world.values(solutions)  # K x (S, B, m)
+    if recipe["normalise"]:
+        f = [v / q.unit if q.own else v for v, q in zip(f, world.problems, strict=True)]
+    f = torch.stack([v.to(world.device, world.exact) for v in f], 1)  # (S, K, B, m)
     if recipe["normalise"]:
         # Tuned: objectives of 1e4 and of 1e-2 in one Tchebycheff value mean that only the first is
         # looked at. As shares of the range between ideal and nadir all count alike.
         state["ideal"], state["nadir"] = update_range(state["ideal"], state["nadir"], f)
         f = (f - state["ideal"]) / (state["nadir"] - state["ideal"]).clamp_min(1e-12)
+    f = f.to(world.dtype)
     sign = 1 if args.recipe == "official" else -1  # DEVIATION 1
     g = scalarize(f, p[:, None], recipe["loss"], 0.0, .01, args.gamma, args.mu, sign)  # (S, K, B)
     losses = g.mean(-1) if recipe["mean"] else g.sum(-1)  # (S, K)
@@ -410,26 +424,42 @@ def train_step(world, net, optimizer, p, state):
 
 @torch.no_grad()
 def evaluate(world, net):
-    """Hypervolumes (E5) of every seed -> dict seed -> {"hv": K numbers, "hv_official": K numbers}.
+    """Hypervolumes (E5) of every seed -> seed: {"hv": K numbers, "hv_official": K, "fronts"}.
 
-    hv: (f - ideal) / (nadir - ideal), reference 1.1. hv_official: f / nadir as the authors' code,
-    whose nadirs differ from the suite's for some problems.
+    fronts: k -> the objectives (N, m) of own problems. A problem that came without ideal or nadir
+    has None: they are estimated, and its fronts measured, when training is done.
     """
-    f = world.values(net(world.test.expand(len(world.seeds), -1, -1)))  # (S, K, N, m)
-    common.check_finite(f, "an objective of the learned fronts")
+    values = world.values(net(world.test.expand(len(world.seeds), -1, -1)))  # K x (S, N, m)
+    found = {seed: {"hv": [], "hv_official": [], "fronts": {}} for seed in world.seeds}
+    for k, (f, problem) in enumerate(zip(values, world.problems, strict=True)):
+        common.check_finite(f, "an objective of the learned fronts")
+        for s, seed in enumerate(world.seeds):
+            measured = (None, None) if problem.estimated else volumes(problem, f[s])
+            found[seed]["hv"].append(measured[0])
+            found[seed]["hv_official"].append(measured[1])
+            if problem.own:
+                found[seed]["fronts"][k] = f[s].cpu().clone()
+    return found
+
+
+def volumes(problem, f):
+    """Hypervolumes of a front (N, m): of (f - ideal) / (nadir - ideal), and of f / nadir.
+
+    The second is that of the authors' code, whose nadirs differ from the suite's for some problems;
+    None where a nadir is not above 0: divided by that, better is worse.
+    """
     # The volume that a front dominates grows when its points come nearer to the true front and when
     # they spread along it: one number for both. Points beyond the corner count nothing, and 1.1
     # instead of 1 lets the ends of the front count something.
-    corner = [1.1] * world.n_obj
+    corner = [1.1] * problem.n_obj
 
-    def volume(points, low, high):
+    def volume(low, high):
         # Eq. (E5): HV of (f - low) / (high - low) with reference (1.1, ..., 1.1)
-        return common.hypervolume((points.cpu().double() - low) / (high - low), corner)
+        return common.hypervolume((f.cpu().double() - low) / (high - low), corner)
 
-    return {seed: {"hv": [volume(f[s, k], q.ideal, q.nadir) for k, q in enumerate(world.problems)],
-                   "hv_official": [volume(f[s, k], 0 * q.nadir, q.hv_nadir)
-                                   for k, q in enumerate(world.problems)]}
-            for s, seed in enumerate(world.seeds)}
+    above = bool((problem.hv_nadir > 0).all())
+    return (volume(problem.ideal, problem.nadir),
+            volume(0 * problem.nadir, problem.hv_nadir) if above else None)
 
 
 def train(world, run, method, saved, save):
@@ -467,7 +497,8 @@ def train(world, run, method, saved, save):
             common.check_finite(losses, f"{method}: the loss after step {done}")
             history[done] = run.gather(evaluate(world, net))
             now = [v for found in history[done].values() for v in found["hv"]]
-            run.log(method=method, step=done, loss=losses.mean().item(), hv=sum(now) / len(now))
+            known = {} if None in now else {"hv": sum(now) / len(now)}
+            run.log(method=method, step=done, loss=losses.mean().item(), **known)
         if done % args.save_every == 0 or done == args.steps:
             # Seed by seed, so that a run may be continued by another number of processes.
             more = {name: state[name] for name in ("ideal", "nadir", "first")}
@@ -490,7 +521,11 @@ def build_parser():
     add = parser.group("problems")
     add("--problems", str, ["f"], "names such as f1 zdt3 dtlz2-3 re33, FILE.py:NAME, or a group: f "
         "(F1-F6, default), re (the paper's RE31-34, RE37); all with as many objectives", nargs="+")
-    add("--eval-points", int, None, "test preferences (default 100; 105 for 3 objectives)", low=2)
+    add("--eval-points", int, None, "test preferences (default 100; 105 for 3 objectives, at most "
+        "210 for more)", low=2)
+    add("--reference", int, None, "directions of the search for a front that has no formula, 1,000 "
+        "evaluations each (default 1,000; of own problems as many as evaluations of training)",
+        low=0)
     add = parser.group("method")
     add("--method", str, "psl,copsl", f"{', '.join(METHODS)}, several with commas, or all")
     add("--recipe", ["paper", "official", "tuned"], "paper",
@@ -513,9 +548,7 @@ def build_parser():
 def resolve(args):
     """Expand names."""
     args.method = ",".join(common.choose(args.method, METHODS))
-    words = [w for word in args.problems
-             for w in ([word] if ".py:" in word else word.lower().split(","))]
-    args.problems = list(dict.fromkeys(n for w in words for n in GROUPS.get(w, [w])))
+    args.problems = data.problem_names(args.problems, GROUPS)
     args.threads = args.threads or 1
     return args
 
@@ -539,8 +572,13 @@ def main(argv=None):
     with common.Run(args, "copsl") as run:
         seeds = run.share_seeds(args.seed, args.seeds)
         state = run.load() or {"done": {}, "trained": {}, "current": None}
-        run.begin()
         world = World(problems, seeds, args, run.device)
+        data.tell_problems(run, problems, world.evaluations(), args.reference,
+                           world.recipe["normalise"])
+        if args.eval_points and len(world.test) != args.eval_points:
+            run.warn(f"--eval-points {args.eval_points}: {len(world.test)} of {world.n_obj} "
+                     "objectives are spread evenly")
+        run.begin()
         for method in args.method.split(","):
             if method in state["done"]:
                 continue
@@ -558,66 +596,98 @@ def main(argv=None):
 
 
 def summarise(history, names):
-    """{"hv" | "hv_official" | "initial_hv": {problem: one number per seed}, "curve": by step}."""
+    """{"hv" | "hv_official" | "initial_hv": {problem: one number per seed}, "curve": by step}.
+
+    hv_official has the problems that have it, and is missing where none has.
+    """
     first, last = history[min(history)], history[max(history)]
 
     def table(found, key):
-        return {n: [found[s][key][k] for s in sorted(found)] for k, n in enumerate(names)}
+        rows = {n: [found[s][key][k] for s in sorted(found)] for k, n in enumerate(names)}
+        return {n: row for n, row in rows.items() if None not in row}
 
     curve = {step: [sum(found[s]["hv"]) / len(names) for s in sorted(found)]
              for step, found in history.items()}
-    return {"hv": table(last, "hv"), "hv_official": table(last, "hv_official"),
+    official = {"hv_official": table(last, "hv_official")}
+    return {"hv": table(last, "hv"), **(official if official["hv_official"] else {}),
             "initial_hv": table(first, "hv"), "curve": curve}
 
 
-def learned_fronts(world, method, trained, folder):
-    """The first seed's objectives (K, N, m); solutions-<method>-<problem>.csv has p, x, f a row."""
+def measure_late(world, state):
+    """Fill in the hypervolumes of problems whose ideal and nadir are known only now."""
+    for done in state["done"].values():
+        for row in (r for found in done["history"].values() for r in found.values()):
+            for k, f in row["fronts"].items():
+                if world.problems[k].estimated:
+                    row["hv"][k], row["hv_official"][k] = volumes(world.problems[k], f)
+
+
+def learned_fronts(world, method, state, folder):
+    """The first seed's objectives, K x (N, m); solutions-<method>-<problem>.csv: p, x, f a row."""
     net, _ = world.network(method)
     for name, p in net.named_parameters():
-        p.data.copy_(torch.stack([trained[s][name] for s in world.seeds]))
+        p.data.copy_(torch.stack([state["trained"][method][s][name] for s in world.seeds]))
+    history = state["done"][method]["history"]
+    kept = history[max(history)][world.seeds[0]]["fronts"]  # a user's function may take its time
     with torch.no_grad():
-        xs = net(world.test.expand(len(world.seeds), -1, -1))
-        f = world.values(xs)[0]  # (K, N, m)
-    for k, problem in enumerate(world.problems):
-        x = world.boxes[k][0] + world.boxes[k][1] * xs[k][0]
-        rows = torch.cat([world.test, x, f[k]], -1).double().cpu().numpy()
+        xs = [x[0] for x in net(world.test.expand(len(world.seeds), -1, -1))]
+    fronts = []
+    for k, (problem, name) in enumerate(zip(world.problems, data.file_names(world.problems),
+                                            strict=True)):
+        low, width = world.boxes[k]
+        x = low + width * xs[k].to(low)
+        f = kept[k] if problem.own else problem(x)
+        fronts.append(f.cpu())
+        rows = torch.cat([world.test.cpu(), x.cpu(), f.cpu()], -1).double().numpy()
         header = [f"{name}{i + 1}" for name, n in
                   (("p", world.n_obj), ("x", problem.n_var), ("f", world.n_obj)) for i in range(n)]
-        name = "".join(c if c.isalnum() else "-" for c in problem.name)
         common.atomic_write(
             folder / f"solutions-{method}-{name}.csv",
-            lambda path, rows=rows, header=header: np.savetxt(
-                path, rows, "%.9g", ",", header=",".join(header), comments=""))
-    return f.cpu()
+            lambda path, rows=rows, header=header, digits=15 if problem.own else 9: np.savetxt(
+                path, rows, f"%.{digits}g", ",", header=",".join(header), comments=""))
+    return fronts
 
 
 def report(world, run, state):
     """Tables, figure, solutions, result.json and the RESULT line."""
     args, problems, names = world.args, world.problems, [p.name for p in world.problems]
+    own = data.settle(run, problems, state, world.evaluations(), args.reference)
+    measure_late(world, state)
     results = {m: summarise(found["history"], names) for m, found in state["done"].items()}
-    references = [data.reference_front(p) for p in problems]
+    count = 1000 if args.reference is None else args.reference
+    references = [own[k] if p.own else data.reference_front(
+        p, 1000 if p.front else count, progress=run.progress) for k, p in enumerate(problems)]
     ceiling = [common.hypervolume((f - p.ideal) / (p.nadir - p.ideal), [1.1] * world.n_obj)
-               for f, p in zip(references, problems, strict=True)]
+               if len(f) else None for f, p in zip(references, problems, strict=True)]
     for key, title in (("hv", "HV of (f - ideal) / (nadir - ideal)"),
                        ("hv_official", "HV of f / nadir, as the authors' code")):
-        front = [["reference front", *(f"{v:.4f}" for v in ceiling)]] if key == "hv" else []
-        run.table([title, *names], [[METHODS[m], *(common.spread(r[key][n]) for n in names)]
-                                    for m, r in results.items()] + front)
-        print()
+        having = [p for p in problems if all(p.name in r.get(key, {}) for r in results.values())]
+        front = [["reference front", *("-" if v is None else f"{v:.4f}" for v in ceiling)]]
+        if having:
+            run.table([title, *(p.name + " *" * bool(p.estimated) for p in having)],
+                      [[METHODS[m], *(common.spread(r[key][p.name]) for p in having)]
+                       for m, r in results.items()] + (front if key == "hv" else []))
+            print()
+    data.tell_ranges(problems)
+    if len(having) < len(names):
+        print(f"no f / nadir of {', '.join(p.name for p in problems if p not in having)}: a nadir "
+              "there is not above 0")
     run.table(["", "parameters", "CPU-s, all seeds"], [
         [METHODS[m], found["parameters"], found["spent"]] for m, found in state["done"].items()])
     print(f"mean ± std over {args.seeds} seeds; CPU-s of this process, evaluation included\n")
-    fronts = {m: learned_fronts(world, m, state["trained"][m], run.out_dir) for m in results}
+    fronts = {m: learned_fronts(world, m, state, run.out_dir) for m in results}
     shown = "copsl" if "copsl" in results else list(results)[-1]
-    means = {n: sum(v) / len(v) for n, v in results[shown]["hv"].items()}
+    means = [sum(v) / len(v) for v in results[shown]["hv"].values()]
+    keys = data.file_names(problems)
+    estimated = [key for key, p in zip(keys, problems, strict=True) if p.estimated]
     run.finish({"problems": names, "recipe": args.recipe, "loss": world.recipe["loss"],
-                "seeds": args.seeds, "seed": args.seed, "reference_hv": ceiling,
-                "results": results},
+                "seeds": args.seeds, "seed": args.seed, "ranges": data.ranges(problems),
+                "reference_hv": ceiling, "results": results},
                lambda path: draw_figure(world, fronts, results, references, path),
                script="copsl", method=shown, recipe=args.recipe, loss=world.recipe["loss"],
-               seeds=args.seeds, hv=sum(means.values()) / len(means),
-               **{f"hv_{n}".replace(":", "-").replace("=", "-"): v for n, v in means.items()},
-               out=run.out_dir)
+               seeds=args.seeds, hv=sum(means) / len(means),
+               **{f"hv_{n}": v for n, v in zip(keys, means, strict=True)},
+               **({"estimated": ",".join(estimated)} if estimated else {}), out=run.out_dir)
 
 
 def draw_figure(world, fronts, results, references, path):
@@ -629,14 +699,19 @@ def draw_figure(world, fronts, results, references, path):
     def hv(name):
         return ", ".join(f"{METHODS[m].split(',')[0]} {sum(results[m]['hv'][name]) / seeds:.4f}"
                          for m in fronts)
-    scaled = {m: [f / p.nadir for f, p in zip(front, world.problems, strict=True)]
-              for m, front in fronts.items()}
-    references = [f / p.nadir for f, p in zip(references, world.problems, strict=True)]
+
+    def scaled(front):  # as the authors draw it, unless a nadir is not above 0
+        return [f / p.nadir if (p.nadir > 0).all() else (f - p.ideal) / (p.nadir - p.ideal)
+                for f, p in zip(front, world.problems, strict=True)]
+    titles = [f"{p.name}   HV {hv(p.name)}"
+              + f"\n{', '.join(p.estimated)} estimated" * bool(p.estimated)
+              + "\n(f - ideal) / (nadir - ideal)" * bool((p.nadir <= 0).any())
+              for p in world.problems]
     with common.figure(path, f"CoPSL: learned fronts of seed {world.args.seed} as f / nadir; mean "
                        f"normalised HV of {seeds} seeds, {world.args.recipe} recipe",
                        (4.4 * min(count, 3), 3.6 * -(-count // 3) + .5)) as (drawing, _):
-        common.front_panels(drawing, names, scaled, styles, references, 1.3, 3,
-                            [f"{n}   HV {hv(n)}" for n in names])
+        common.front_panels(drawing, names, {m: scaled(f) for m, f in fronts.items()}, styles,
+                            scaled(references), 1.3, 3, titles)
 
 
 if __name__ == "__main__":

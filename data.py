@@ -15,7 +15,7 @@ CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-tr
              `encode_once` (image features, cached)
 Federation   `load_federation` -> FederatedImages: long tail, clients, CLIP and features of a run
 Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE (TABLE), the multitask
-             suite MTMO; `reference_front`, `das_dennis`
+             suite MTMO, a user's (`OwnProblem`); `reference_front`, `das_dennis`, `settle`
 
 Each section can be read alone.
 """
@@ -34,6 +34,7 @@ import math
 import os
 import re
 import runpy
+import sys
 import tarfile
 import tempfile
 import unicodedata
@@ -51,6 +52,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from common import (
+    EXACT,
     UserError,
     atomic_write,
     cache_key,
@@ -3362,6 +3364,8 @@ class Problem:
     what the authors of CoPSL divide by (they subtract no ideal). front(count): about `count` points
     (N, m) of the Pareto front where it has a formula, else None. source: where it is defined.
     """
+    own, estimated, named = False, (), 1  # own: a user's, see OwnProblem; named: how often
+    stand_in = False  # True: MTMO with a random rotation in place of the competition's
 
     def __init__(self, name, function, lower, upper, ideal, nadir, source, hv_nadir=None,
                  front=None):
@@ -3371,7 +3375,6 @@ class Problem:
         self.hv_nadir = self.nadir if hv_nadir is None else \
             torch.as_tensor(hv_nadir, dtype=torch.float64)
         self.n_var, self.n_obj = len(self.lower), len(self.nadir)
-        self.stand_in = False  # True: MTMO with a random rotation in place of the competition's
 
     def __call__(self, x):
         return self.function(x)
@@ -3828,19 +3831,28 @@ def _mtmo_front(kind, x, q):
 def mtmo_matrix(name, size, data_dir, seed=0):
     """The competition's rotation `name` (size, size) from data_dir/mtmo/name.txt, float64.
 
+    Numbers in size rows, with blanks, commas or semicolons between them; the name in any case.
     Without the file a seeded Gaussian matrix / √size stands in. -> (matrix, whether it was found).
     UserError when the file holds something else.
     """
-    path = Path(data_dir) / "mtmo" / f"{name}.txt"
-    if not path.exists():
+    folder = Path(data_dir) / "mtmo"
+    paths = sorted(p for p in folder.glob("*") if p.name.lower() in (f"{name}.txt", f"{name}.csv"))
+    if not paths:
         drawn = numpy_generator(seed, "mtmo", name).normal(size=(size, size)) / math.sqrt(size)
         return torch.from_numpy(drawn), False
+    if len(paths) > 1:
+        raise UserError(f"{paths[0]} and {paths[1]} are both there for {name}; keep one of them")
+    raw = paths[0].read_bytes()
     try:
-        matrix = np.loadtxt(path)
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
+            matrix = np.loadtxt(io.StringIO(re.sub("[,;]", " ", text)))
     except ValueError:
         matrix = np.empty(0)
     if matrix.shape != (size, size) or not np.isfinite(matrix).all():
-        raise UserError(f"{path} must hold {size} x {size} plain numbers, blanks between them")
+        raise UserError(f"{paths[0]} must hold {size} x {size} plain numbers, one row a line; it "
+                        f"holds " + (f"an array of shape {matrix.shape}" if matrix.size
+                                     else "something else"))
     return torch.from_numpy(matrix), True
 
 
@@ -4014,6 +4026,32 @@ _SIMPLE = _simple_problems()
 PROBLEMS = sorted([*_SIMPLE, "re91", *MTMO])
 
 
+def problem_names(words, groups):
+    """The problems that --problems names, in order: names in lower case, FILE.py:NAME as it stands.
+
+    words: of the command line, each with any number of names between commas or blanks; groups: dict
+    name -> names. A comma or blank may belong to a FILE.py that is there. UserError where it could
+    be both.
+    """
+    def plain(word):
+        return groups.get(word.lower(), [word if OWN.fullmatch(word) else word.lower()])
+
+    names = []
+    for word in words:
+        parts = re.split(r"([,\s]+)", word)  # names at even places, what parts them at odd ones
+        while parts:
+            ends = [k for k in range(len(parts), 0, -2) if k == 1 or _own_file("".join(parts[:k]))]
+            whole, apart = "".join(parts[:ends[0]]), [w for w in parts[:ends[0]:2] if w]
+            if ends[0] > 1 and all(n in PROBLEMS or _own_file(n) for w in apart for n in plain(w)):
+                raise UserError(f"--problems {whole}: that is a file, and {' '.join(apart)} are "
+                                "problems too; rename the file or part them by blanks")
+            names += plain(whole) if whole else []
+            parts = parts[ends[0] + 1:]
+    if not names:
+        raise UserError("--problems names nothing; give names such as f1 or FILE.py:NAME")
+    return names
+
+
 def get_problem(name, data_dir="data", seed=0, shift=0.0, noise=False):
     """The Problem `name`, one of PROBLEMS (any case) or "file.py:Name" for the user's own.
 
@@ -4021,7 +4059,7 @@ def get_problem(name, data_dir="data", seed=0, shift=0.0, noise=False):
     noise: RE91's four random variables are drawn at every call from `seed`, else at their means.
     UserError: unknown name (the message lists what exists), a file that does not fit.
     """
-    if ".py:" in name:
+    if OWN.fullmatch(name):
         return _own_problem(name)
     name = name.lower()
     if name in _SIMPLE:
@@ -4037,74 +4075,541 @@ def get_problem(name, data_dir="data", seed=0, shift=0.0, noise=False):
 
 
 def get_problems(names, data_dir="data", seed=0, shift=0.0):
-    """The Problems of several names; UserError unless what they call themselves differs."""
-    problems = [get_problem(name, data_dir, seed, shift) for name in names]
-    if len({p.name for p in problems}) < len(problems):
-        raise UserError("--problems: results are kept by name, so names must differ; got "
-                        + ", ".join(p.name for p in problems))
+    """The Problems of several names, each once. Own ones of one NAME are called FILE.py:NAME."""
+    once = {}  # what a name stands for -> all names of it
+    for name in names:
+        file = _own_file(name)
+        key = (os.path.realpath(file[0]), file[1]) if file else name.lower()
+        once.setdefault(key, []).append(name)
+    problems = [get_problem(same[0], data_dir, seed, shift) for same in once.values()]
+    for p, same in zip(problems, once.values(), strict=True):
+        p.named = len(same)
+    called = [p.name.lower() for p in problems]
+    for p in problems:
+        if p.own and called.count(p.name.lower()) > 1:
+            p.name = p.spec
     return problems
 
 
-def _own_problem(spec):
-    """A callable (N, n) -> (N, m) with lower, upper, n_obj and, if it has them, ideal and nadir.
+def file_names(problems):
+    """Their names as parts of file names and keys, each another one on any file system."""
+    taken = {}
+    for p in problems:
+        base = re.sub(r"[^\w-]", "-", p.name)
+        tries = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
+        name = next(n for n in tries if n.lower() not in taken)
+        taken[name.lower()] = name
+    return list(taken.values())
 
-    Without these they come from 20,000 random points: minimum, and maximum of the non-dominated.
-    UserError in one line for whatever is wrong with the file.
-    """
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--problems {spec}: there is no file {path}")
+
+OWN = re.compile(r"(.*\.py)(?::([^:/\\,\s]*))?", re.DOTALL | re.IGNORECASE)
+
+
+def _own_file(spec):
+    """The (Path, NAME) that FILE.py:NAME stands for; None where there is no such file."""
+    found = OWN.fullmatch(spec)
+    if not found:
+        return None
+    path = found[1]
+    for known in (path, os.path.expanduser(path), path.replace("\\", "/")):
+        if Path(known).is_file():
+            return Path(known), found[2] or ""
+    return None
+
+
+@contextlib.contextmanager
+def _beside(folder):
+    """Python finds what lies in `folder` first, as if a file there were run itself; what it prints
+    goes to stderr, where the lines about inputs are."""
+    def other(name, module):  # a module of ours, or of another own file, with a name used here too
+        top, place = name.partition(".")[0], getattr(module, "__file__", None)
+        return place and Path(place).parent in _FOLDERS and Path(place).parent != folder \
+            and ((folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file())
+
+    folder = folder.resolve()
+    hidden = {n: m for n, m in list(sys.modules.items()) if other(n, m)}
+    for name in hidden:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
     try:
-        found = runpy.run_path(path)[name]
-        found = found() if isinstance(found, type) else found
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # for an import inside a function
+        sys.modules.update(hidden)
+        _FOLDERS.add(folder)
+
+
+_FOLDERS = {Path(__file__).resolve().parent}
+PROBES = 32  # points at which an own problem is looked at before training
+
+
+class OwnProblem(Problem):
+    """A problem from a user's file: a callable (N, n) -> (N, m) with lower, upper and n_obj.
+
+    It may have ideal, nadir and front(count) as Problem has them. It is called on the CPU with
+    float64 points, whatever comes in, and answers in float64; with a point (n,) at a time, or in
+    float32, where it takes nothing else. UserError, code 3, where it is not finite at a finite x.
+    estimated: which of "ideal" and "nadir" it lacks; they are NaN until `settle` has seen results.
+    said: what was found, for run.source; unit: a power of 2 near the range of each objective (m,).
+    """
+    own = True
+
+    def __init__(self, spec, path, name):
+        found = runpy.run_path(str(path))
+        names = [n for n, v in found.items() if callable(v) and hasattr(v, "n_obj")]
+        name = names[0] if not name and len(names) == 1 else name
+        if name not in found:
+            raise UserError(f"--problems {spec}: expected FILE.py:NAME with one of what is in the "
+                            f"file: {', '.join(names) or 'no callable with n_obj'}")
+        found, self.spec = found[name], spec
+        if isinstance(found, type):
+            needed = [p.name for p in inspect.signature(found).parameters.values()
+                      if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD,
+                                                             p.KEYWORD_ONLY)]
+            if needed:
+                raise UserError(f"--problems {spec}: the class {name} needs {', '.join(needed)}; "
+                                f"make an instance in the file, problem = {name}(...), and name it")
+            found = found()
+        if isinstance(found, torch.nn.Module):  # part of the problem, not of what is trained
+            found = found.double().eval().requires_grad_(False)
         lower, upper, n_obj = found.lower, found.upper, int(found.n_obj)
-        own = Problem(name, found, lower, upper, [0] * n_obj, [1] * n_obj, path)
-        x = own.scale(torch.from_numpy(numpy_generator(0, "own").random((20000, own.n_var))))
-        f = own(x).detach()
-        fits = f.shape == (len(x), n_obj) and n_obj > 1 and own.lower.shape == own.upper.shape \
-            and bool(torch.isfinite(f).all() and (own.lower < own.upper).all())
-        if fits:
-            best = f[non_dominated(f)]
-            own.ideal, own.nadir = (
-                torch.as_tensor(getattr(found, key, value), dtype=torch.float64).expand(n_obj)
-                for key, value in (("ideal", best.amin(0)), ("nadir", best.amax(0))))
+        given = {k: v for k in ("ideal", "nadir") if (v := getattr(found, k, None)) is not None}
+        nothing = torch.full((n_obj,), torch.nan, dtype=torch.float64)
+        super().__init__(name, found, lower, upper, *(
+            torch.as_tensor(given.get(k, nothing), dtype=torch.float64).expand(n_obj).clone()
+            for k in ("ideal", "nadir")), str(path), front=getattr(found, "front", None))
+        self.estimated = [k for k in ("ideal", "nadir") if k not in given]
+        self.remarks = []  # how it is called, where that is not the plain way
+        self._check_box()
+        self._look(path)
+
+    def _refuse(self, text):
+        raise UserError(f"--problems {self.spec}: {text}")
+
+    def _check_box(self):
+        low, high = self.lower, self.upper
+        if low.dim() != 1 or low.shape != high.shape or not (low < high).all() \
+                or not torch.isfinite(high - low).all():
+            self._refuse(f"expected lower < upper, two lists of finite numbers of one length; got "
+                         f"{low.tolist()} and {high.tolist()}")
+        if self.n_obj < 2:
+            self._refuse(f"expected n_obj >= 2; got {self.n_obj}")
+        if not self.estimated and not (self.ideal < self.nadir).all():
+            self._refuse(f"expected ideal < nadir, got {self.ideal.tolist()} and "
+                         f"{self.nadir.tolist()}")
+        for key in ("ideal", "nadir"):
+            if key not in self.estimated and not torch.isfinite(getattr(self, key)).all():
+                self._refuse(f"expected finite numbers as {key}, got {getattr(self, key).tolist()}")
+        if self.front is not None:
+            points = torch.as_tensor(self.front(10))
+            if points.dim() != 2 or points.shape[1] != self.n_obj or not len(points) \
+                    or not torch.isfinite(points).all():
+                self._refuse(f"expected front(10) to be about 10 finite points of {self.n_obj} "
+                             f"objectives; got shape {tuple(points.shape)}")
+
+    # -- how it is called -----------------------------------------------------------------------
+
+    # What of it holds is found out by _look. alone: a point at a time; across: it answers (m, N)
+    dtype, alone, across, noisy = torch.float64, False, False, False
+
+    def evaluate(self, x):
+        """f (N, m) float64 at x (N, n) float64, whatever it is: NaN too."""
+        with contextlib.redirect_stdout(sys.stderr):
+            # a copy: a function that changes its x changes nobody else's
+            x = x.to(self.dtype)
+            f = [self._call(row.clone()) for row in x] if self.alone else self._call(x.clone())
+        f = torch.stack(f) if self.alone else f.mT if self.across else f
+        return f.to(torch.float64) if f.dtype.is_floating_point else f
+
+    def _call(self, x):
+        f = self.function(x)
+        if isinstance(f, (tuple, list)):  # m columns
+            f = torch.stack([torch.as_tensor(v) for v in f], -1)
+        if not isinstance(f, torch.Tensor):
+            raise TypeError(f"it returns a {type(f).__module__}.{type(f).__name__}, not a tensor")
+        return f
+
+    def __call__(self, x):
+        points = x.to("cpu", torch.float64).reshape(-1, self.n_var)
+        try:
+            f = self.evaluate(points)
+        except Exception as error:  # anything can go wrong in a user's function
+            raise UserError(f"problem {self.name}: {type(error).__name__}: {error}") from None
+        bad = ~torch.isfinite(f.detach()).all(-1) & torch.isfinite(points.detach()).all(-1)
+        if bad.any():
+            raise UserError(f"problem {self.name} is not finite (NaN or infinity) at x = "
+                            f"{_shown(points[bad][0])}; narrow lower and upper, or clamp what goes "
+                            "into a root, a log or a division. The last checkpoint is intact", 3)
+        return f.reshape(*x.shape[:-1], self.n_obj)
+
+    # -- what is seen of it before training -----------------------------------------------------
+
+    def _look(self, path):
+        """Find out how it wants to be called and what its gradients are; refuse what cannot be."""
+        count = next(k for k in itertools.count(PROBES) if k not in (self.n_var, self.n_obj))
+        draws = torch.from_numpy(numpy_generator(0, "own").random((count, self.n_var)))
+        x = self.scale(draws).requires_grad_()
+        f = self._try_calls(x, path)
+
+        def finite(values, what, remedy):
+            bad = ~torch.isfinite(values.detach()).flatten(1).all(-1)
+            if bad.any():
+                self._refuse(f"{what} (NaN or infinity) at {int(bad.sum())} of {count} random "
+                             f"points of its box, e.g. x = {_shown(x[bad][0])}; {remedy}")
+        finite(f, "expected finite values; it is not finite", "narrow lower and upper, or clamp "
+               "what goes into a root, a log or a division")
+        if not f.requires_grad:
+            used = [w for w in ("numpy", "detach", "item()", "no_grad", "tolist", "math.", "float(",
+                                ".data", "argmax", "argmin", ".long()", ".int()")
+                    if w in path.read_text(errors="replace")]
+            self._refuse(f"no gradient comes out of {self.name}: torch cannot follow its values "
+                         f"({f.dtype}) back to x; use torch functions of x all the way"
+                         + (f" (the file has {', '.join(used)})" if used else ""))
+        self.probe = f.detach()
+        slopes = torch.stack([torch.autograd.grad(f[:, j].sum(), x, retain_graph=True,
+                                                  allow_unused=True, materialize_grads=True)[0]
+                              for j in range(self.n_obj)], 1)  # (N, m, n)
+        finite(slopes, "its values are finite, but its gradient is not", "a torch.where whose "
+               "other branch has a root or a log of a negative number? Clamp before the root")
+        self._check_rows(x.detach())
+        self._tell(x.detach(), slopes.abs().amax(0))
+
+    def _try_calls(self, x, path):
+        """Values (N, m) at x in the first way of calling that gives them, which is kept."""
+        wanted, seen, errors = (len(x), self.n_obj), None, []
+        for self.dtype, self.alone in itertools.product((torch.float64, torch.float32),
+                                                        (False, True)):
+            self.across = False
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    f = self.evaluate(x)
+            except Exception as error:
+                errors.append(error)
+                if "numpy" in str(error).lower():
+                    self._refuse(f"no gradient comes out of {self.name}: it is NumPy code "
+                                 f"({error}); expected torch functions of x, e.g. torch.sin for "
+                                 "np.sin")
+                continue
+            self.across = not self.alone and f.shape == wanted[::-1]
+            f = f.mT if self.across else f
+            if f.shape == wanted and not f.is_complex():
+                if self.dtype is torch.float32:
+                    self.remarks.append(f"called in float32 (in float64: {_line(errors[0])})")
+                if self.alone:
+                    self.remarks.append("called with one point at a time, which is slow")
+                if self.across:
+                    self.remarks.append("objectives in rows, turned round")
+                return f
+            seen = f if seen is None else seen
+        if seen is None:
+            raise errors[0]
+        seen = tuple(seen.shape)
+        self._refuse(f"expected values of shape {wanted} at {wanted[0]} points; got shape {seen}"
+                     + (f": n_obj says {self.n_obj}, but there are {seen[1]}"
+                        if len(seen) == 2 and seen[0] == wanted[0] else ""))
+
+    def _check_rows(self, x):
+        """Whether a point's value is its own: that of no other point, the same each time."""
+        low, high = self.probe.aminmax(dim=0)
+        most = 1e-4 * (high - low) + 1e-6 * high.abs()  # rounding, which float32 has more of
+
+        def same(f):
+            return ((f - self.probe[:len(f)]).abs() <= most).all()
+        with torch.no_grad():
+            if same(self.evaluate(x[:len(x) // 2])):
+                return
+            again = same(self.evaluate(x))
+        if again:
+            self._refuse("expected the value of a point to be its own; it changes with the other "
+                         "points of the batch: a mean() or sum() without dim=-1?")
+        self.remarks.append("values change from call to call")
+        self.noisy = True
+
+    def _tell(self, x, slopes):
+        """self.said and self.unit; UserError when no variable can be trained. slopes: (m, n)."""
+        dead = (slopes == 0).all(0).nonzero().flatten().tolist()
+        stepped = []  # of these, those on which the values depend all the same
+        if dead:
+            y = x[:4].repeat(len(dead), 1, 1)
+            for i, j in enumerate(dead):
+                y[i, :, j] = x[4:8, j]
+            with torch.no_grad():
+                moved = (self.evaluate(y.flatten(0, 1)).unflatten(0, (len(dead), 4))
+                         != self.probe[:4]).flatten(1).any(1)
+            stepped = [j for j, m in zip(dead, moved.tolist(), strict=True) if m]
+        remedy = ("its values change by steps (rounding, integers, argmax?), which training cannot "
+                  "follow; for integers, round straight through: x + (x.round() - x).detach()")
+        if len(dead) == self.n_var:
+            self._refuse(f"the gradient of {self.name} is 0 in all its variables: "
+                         + (remedy if stepped else "its values do not change with x"))
+        told = "gradients in all variables" if not dead else "gradients in " + _variables(
+            [j for j in range(self.n_var) if j not in dead])
+        if stepped:
+            told += f"; none in {_variables(stepped)}: {remedy}"
+        if unused := [j for j in dead if j not in stepped]:
+            told += f"; none in {_variables(unused)}, on which its values do not depend"
+        if flat := (slopes == 0).all(1).nonzero().flatten().tolist():
+            told += f"; none of objective {', '.join(str(j + 1) for j in flat)}"
+        low, high = self.probe.aminmax(dim=0)
+        wide = torch.where(high > low, high - low, 1)
+        self.unit = 2.0 ** wide.log2().round()
+        missing = " and ".join(self.estimated)
+        self.said = "; ".join([
+            f"{self.n_var} variables, {self.n_obj} objectives, range {_spans(low, high)} at "
+            f"{len(x)} random points, {told}", *self.remarks,
+            *([f"{missing} to be estimated after training"] if missing else [])])
+
+    def estimate(self, front, lowest):
+        """Set what it lacks: ideal from the lowest values seen (m,), nadir from a non-dominated
+        front (N, m). -> lines about objectives that have no range."""
+        ideal = lowest.clone() if "ideal" in self.estimated else self.ideal
+        nadir = front[_proper(front)].amax(0) if "nadir" in self.estimated else self.nadir
+        flat = nadir - ideal <= 1e-12 * self.unit
+        if self.estimated and flat.any():  # the smallest change that spares a division by 0
+            if "nadir" in self.estimated:
+                nadir = torch.where(flat, ideal + self.unit, nadir)
+            else:
+                ideal = torch.where(flat, nadir - self.unit, ideal)
+        self.ideal, self.nadir, self.hv_nadir = ideal, nadir, nadir
+        if not self.estimated or not flat.any():
+            return []
+        which = ", ".join(str(j + 1) for j in flat.nonzero().flatten().tolist())
+        if "nadir" not in self.estimated:
+            return [f"objective {which}: nothing found lies below the nadir that the file gives"]
+        return ["one of the points found is best in all objectives: they do not conflict, or "
+                "training is far from a front"
+                if flat.all() else f"objective {which} is the same all over the front found: it "
+                "has no range"]
+
+    def beaten(self, front, lowest):
+        """Lines about a given ideal and nadir that do not hold what was found."""
+        wide = self.nadir - self.ideal
+        told = []
+        for key, found, beyond, effect in (
+                ("ideal", lowest, lowest < self.ideal - 1e-6 * wide,
+                 f"hypervolumes may exceed 1.1^{self.n_obj}"),
+                ("nadir", front.amax(0), front.amax(0) > self.nadir + .01 * wide,
+                 "points beyond 1.1 of the range count nothing")):
+            for j in beyond.nonzero().flatten().tolist() if key not in self.estimated else []:
+                told.append(f"objective {j + 1} reaches {found[j]:.6g} on the fronts found, beyond "
+                            f"its {key} {getattr(self, key)[j]:.6g}; {effect}")
+        return told
+
+    def uneven(self):
+        """Why objectives that are taken as they are will not count alike, or ""."""
+        low, high = self.probe.aminmax(dim=0)
+        wide = high - low
+        if wide.amax() > 10 * wide.amin() or (low < -.1 * wide).any() or (low > 10 * wide).any():
+            return _spans(low, high)
+        return ""
+
+
+def _shown(x):
+    return "[" + ", ".join(f"{v:.4g}" for v in x[:12].tolist()) + (", ...]" if len(x) > 12 else "]")
+
+
+def _spans(low, high):
+    """The ranges of m objectives, with as many digits as it takes to tell their ends apart."""
+    told = []
+    for a, b in zip(low.tolist(), high.tolist(), strict=True):
+        more = math.log10(max(abs(a), abs(b)) / (b - a)) if b > a else 0
+        told.append(f"{a:.{min(15, 3 + math.ceil(more))}g}..{b:.{min(15, 3 + math.ceil(more))}g}")
+    return " and ".join(told)
+
+
+def _line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _proper(front, most=1000):
+    """Which points of a front (N, m) do not pay for a little gain with a great loss -> (N,) bool.
+
+    A point is left out if another is better than it in some objective by more than `most` times
+    what it is worse in any: the unfinished ends of a search, which would make any nadir. In shares
+    of the range of the lowest nine tenths. Source: Geoffrion 1968, proper efficiency.
+    """
+    low, high = front.aminmax(dim=0)
+    wide = front.quantile(.9, 0) - low
+    wide = torch.where(wide > 0, wide, torch.where(high > low, high - low, 1))
+    share, keep = (front - low) / wide, []
+    for part in share.split(256):
+        away = part[:, None] - share  # (256, N, m): what the other is better in
+        keep.append((away.amax(-1) <= most * (-away).amax(-1)).all(1))
+    return torch.cat(keep)
+
+
+def _variables(places):
+    """x1 x2 x5, or the first ten of more."""
+    more = f" ... ({len(places)} variables)" if len(places) > 10 else ""
+    return " ".join(f"x{j + 1}" for j in places[:10]) + more
+
+
+def _own_problem(spec):
+    """The OwnProblem FILE.py:NAME; UserError in one line for whatever is wrong with the file."""
+    file = _own_file(spec)
+    if file is None:
+        raise UserError(f"--problems {spec}: there is no file {OWN.fullmatch(spec)[1]}")
+    path, name = file[0].resolve(), file[1]
+    try:
+        with _beside(path.parent):
+            try:
+                return OwnProblem(spec, path, name)
+            except FileNotFoundError:  # of a table that it reads: once more from where the file is
+                with contextlib.chdir(path.parent):
+                    return OwnProblem(spec, path, name)
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:  # anything can go wrong in a user's file
         raise UserError(
             f"--problems {spec}: expected a callable (N, n) -> (N, m) with lower, upper and n_obj; "
             f"got {type(error).__name__}: {error}") from None
-    if not fits:
-        raise UserError(f"--problems {spec}: expected lower < upper and finite values of shape "
-                        f"({len(x)}, {n_obj}) with n_obj >= 2; got shape {tuple(f.shape)}")
-    if not (own.ideal < own.nadir).all():
-        raise UserError(f"--problems {spec}: expected ideal < nadir, got {own.ideal.tolist()} and "
-                        f"{own.nadir.tolist()}; do the objectives conflict?")
-    own.function = lambda x: found(x.reshape(-1, own.n_var)).reshape(*x.shape[:-1], n_obj)
-    own.hv_nadir, own.front = own.nadir, getattr(found, "front", None)
-    return own
 
 
-def reference_front(problem, count=1000, steps=1000):
+def _fixed_values(problem):
+    """What a problem computes at fixed points, for run.source: not down to the last bits."""
+    if problem.own:
+        f = torch.zeros(1, problem.n_obj) if problem.noisy else problem.probe
+    else:
+        f = problem(problem.scale(torch.from_numpy(
+            numpy_generator(0, "fixed").random((16, problem.n_var)))))
+    low, high = f.aminmax(dim=0)
+    # Shares of each objective's range: an offset of 1e7 hides no change, and rounding is none
+    steady = high - low <= 1e-9 * torch.maximum(high.abs(), low.abs())
+    wide = torch.where(steady, torch.inf, high - low)
+    numbers = torch.cat([low, high, problem.lower, problem.upper, problem.ideal, problem.nadir])
+    return [problem.name, ((f - low) / wide * 1e5).round().long(),
+            [f"{v:.4e}" for v in (numbers + 0.0).tolist()]]
+
+
+def search_size(n_obj, evaluations, directions=None):
+    """(directions, steps) of a reference search: as many directions as asked, 1,000 steps each; or
+    what fits into that many evaluations, up to 1,000 of both."""
+    if directions is not None:
+        return (len(das_dennis(n_obj, directions)), 1000) if directions else (0, 0)
+    count = len(das_dennis(n_obj, min(1000, round(math.sqrt(evaluations / 3)))))
+    steps = min(1000, evaluations // count - 1)
+    return (count, steps) if steps >= 10 else (0, 0)
+
+
+def tell_problems(run, problems, evaluations, directions=None, normalised=True):
+    """run.source of every problem. evaluations: of each in training and its tests; directions: of
+    --reference; normalised: whether training sets objectives in proportion."""
+    built_in = [p for p in problems if not p.own]
+    if built_in:
+        said = [" ".join(p.name for p in built_in) + " (built in)"]
+        missing = sorted(p.name for p in built_in if p.stand_in)
+        if missing:
+            said.append(f"no {', '.join(missing)} in {run.args.data_dir / 'mtmo'}: random matrices "
+                        "stand in for the competition's, so numbers of these tasks compare with "
+                        "nobody else's")
+        run.source("problems", "; ".join(said), [_fixed_values(p) for p in built_in])
+    for p in problems:
+        if p.own:
+            count, steps = search_size(p.n_obj, evaluations - 2 * PROBES, directions)
+            search = (f"then {count} x {steps} evaluations in search of a reference front, beside "
+                      f"{evaluations} of training" if count else "no search for a reference front")
+            search = "its own reference front" if p.front else search
+            run.source(f"problem {p.name}", f"{p.said}; {search}", _fixed_values(p))
+            if not normalised and p.uneven():
+                run.warn(f"problem {p.name}: objectives of {p.uneven()} are compared as they are, "
+                         "above an ideal of 0; --recipe tuned normalises them")
+    twice = [p.name for p in problems if p.named > 1]
+    if twice:
+        run.warn(f"--problems names {', '.join(twice)} more than once; it is used once")
+    many = [p.name for p in problems if p.n_obj > EXACT]
+    if many:
+        run.warn(f"{', '.join(many)}: more than {EXACT} objectives, so hypervolumes are integrated "
+                 "over 65,536 directions (within about 0.3%): exact ones would take hours")
+
+
+def ranges(problems):
+    """Ideal and nadir of each problem for result.json, and which of them this run estimated."""
+    return {p.name: {"ideal": p.ideal.tolist(), "nadir": p.nadir.tolist(),
+                     "estimated": list(p.estimated)} for p in problems}
+
+
+def tell_ranges(problems):
+    """Print what the * of estimated problems stands for."""
+    for p in problems:
+        if p.estimated:
+            print(f"* {p.name}: {' and '.join(p.estimated)} estimated from what this run found, "
+                  f"{_spans(p.ideal, p.nadir)}; its numbers compare with no other run's")
+
+
+def settle(run, problems, state, evaluations, directions=None):
+    """Own problems after training: -> {k: the best front known of problem k (N, m)}.
+
+    Sets the ideal and nadir that a problem came without, from all that the run found and from a
+    reference search, whose points are saved in state["reference"]. The run's fronts are those of
+    state["done"][method]["history"][step][seed]["fronts"][k] (N, m): of the last step for the
+    nadir, of all steps for the ideal.
+    """
+    known, fronts = state.setdefault("reference", {}), {}
+    for k, p in enumerate(problems):
+        if not p.own:
+            continue
+        histories = [done["history"] for done in state["done"].values()]
+        every = [row["fronts"][k] for h in histories for rows in h.values()
+                 for row in rows.values()]
+        last = torch.cat([row["fronts"][k] for h in histories for row in h[max(h)].values()])
+        lowest = torch.stack([f.amin(0) for f in every]).amin(0)
+        p.estimate(last[non_dominated(last)], lowest)
+        if p.name not in known:
+            try:
+                count, steps = search_size(p.n_obj, evaluations - 2 * PROBES, directions)
+                known[p.name] = reference_front(p, 1000 if p.front else count, steps, run.progress,
+                                                run.warn)
+                run.save(state, "all of training, and reference fronts")
+            except Exception as error:
+                run.warn(f"problem {p.name}: the search for a reference front ended early "
+                         f"({_line(error)}); what training found takes its place")
+        best = known.get(p.name, last)
+        best = best if p.front and p.name in known else torch.cat([best, last])
+        best = best[non_dominated(best)]
+        lowest = torch.minimum(lowest, best.amin(0))
+        for text in [*p.estimate(best, lowest), *p.beaten(best, lowest)]:
+            run.warn(f"problem {p.name}: {text}")
+        fronts[k] = best
+    return fronts
+
+
+def reference_front(problem, count=1000, steps=1000, progress=lambda items, *_, **__: items,
+                    warn=lambda text: None):
     """Points (N, m) of the Pareto front: the formula where there is one, else a long search.
 
     The search optimises `count` solutions directly, without any network: each minimises the smooth
     Tchebycheff value (μ = 0.02) of its own Das-Dennis preference by Adam, from a spread start; what
-    is not dominated is kept. Deterministic.
+    is not dominated is kept. Deterministic. Points where a user's function is not finite are left
+    out.
     """
     if problem.front is not None:
-        return problem.front(count).detach()
+        return torch.as_tensor(problem.front(count), dtype=torch.float64).detach()
+    if not count:
+        return torch.empty(0, problem.n_obj, dtype=torch.float64)
+    values = problem.evaluate if problem.own else problem
     preferences = das_dennis(problem.n_obj, count).clamp_min(1e-4)
-    start = numpy_generator(0, "reference", problem.name).normal(
+    named = "own" if problem.own else problem.name  # a user's search does not hang on a name
+    start = numpy_generator(0, "reference", named).normal(
         size=(len(preferences), problem.n_var))
     u = torch.from_numpy(start).requires_grad_()
     optimizer = torch.optim.Adam([u], lr=.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        f = (problem(problem.scale(u.sigmoid())) - problem.ideal) / (problem.nadir - problem.ideal)
-        loss = torch.logsumexp(preferences * f / .02, -1).sum()
+    for _ in progress(range(steps), f"{problem.name}: reference front"):
+        f = (values(problem.scale(u.sigmoid())) - problem.ideal) / (problem.nadir - problem.ideal)
+        losses = torch.logsumexp(preferences * f / .02, -1)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.where(losses.isfinite(), losses, 0).sum().backward()
+        u.grad.nan_to_num_(0, 0, 0)
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        f = problem(problem.scale(u.sigmoid()))
-    return f[non_dominated(f)]
+        f = values(problem.scale(u.sigmoid()))
+    finite = torch.isfinite(f).all(-1)
+    if not finite.all():
+        warn(f"problem {problem.name}: {int((~finite).sum())} of {len(f)} points of the reference "
+             "search are not finite (NaN or infinity) and left out")
+    f = f[finite]
+    return f[non_dominated(f)] if len(f) else f

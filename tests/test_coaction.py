@@ -19,6 +19,7 @@ from tools import (
     PowerCut,
     QuietRun,
     assert_same_run,
+    calls,
     cut_power,
     exit_code,
     finish,
@@ -33,6 +34,7 @@ from tools import (
     start,
     trained,
     wait_for_rows,
+    write_kinds,
     write_problem,
 )
 
@@ -471,7 +473,7 @@ def test_run_leaves_its_files_and_a_result_line(reference):
         "config.json", "log.jsonl", "checkpoint.pt", "result.json", "figure.png", "coaction.py"}
     assert (folder / "coaction.py").read_text() == (ROOT / "coaction.py").read_text()
     assert Image.open(folder / "figure.png").size[0] > 1000
-    assert err == ""
+    assert err == "problems: f1 dtlz2-3 zdt2 (built in)\n"
     found, line = result(folder), result_line(out)
     assert list(found["results"]) == ["coaction", "psl"] and found["problems"] == MIXED
     for method, key in (("coaction", "hv"), ("psl", "hv_psl")):
@@ -527,7 +529,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     wait_for_rows(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
-    lines = err.strip().splitlines()
+    said, *lines = [line for line in err.splitlines() if line]
+    assert said.startswith("problems: ")
     assert len(lines) == 1 and "--resume" in lines[0] and str(folder) in lines[0]
     assert "coaction, step" in lines[0]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -649,8 +652,11 @@ def test_suites_name_problems_that_exist(suite):
 def test_stand_in_matrices_are_told_and_shift_moves_optima(run_here, tmp_path, capsys):
     words = ["--problems", "cims2", "nihs2", "--method", "psl", "--steps", 2]
     a = run_here("a", *words, "--data-dir", tmp_path / "data")
-    out = capsys.readouterr().out
-    assert "no cims2 in" in out and "stand in" in out
+    out, err = capsys.readouterr()
+    assert "stand in" not in out and err == (
+        f"problems: cims2 nihs2 (built in); no cims2 in {tmp_path / 'data' / 'mtmo'}: random "
+        "matrices stand in for the competition's, so numbers of these tasks compare with nobody "
+        "else's\n")
     assert result(a)["stand_in_matrices"] == ["cims2"]
     b = run_here("b", *words, "--data-dir", tmp_path / "data", "--shift", .5)
     assert result(a)["results"] != result(b)["results"]
@@ -659,7 +665,7 @@ def test_stand_in_matrices_are_told_and_shift_moves_optima(run_here, tmp_path, c
     (tmp_path / "data" / "mtmo" / "cims2.txt").write_text(rows)
     capsys.readouterr()
     c = run_here("c", *words, "--data-dir", tmp_path / "data")
-    assert "stand in" not in capsys.readouterr().out and result(c)["stand_in_matrices"] == []
+    assert "stand in" not in capsys.readouterr().err and result(c)["stand_in_matrices"] == []
     fresh = [result(folder)["results"]["psl"]["range"] for folder in (a, c)]
     assert fresh[0]["cims2"] != fresh[1]["cims2"]
 
@@ -673,11 +679,73 @@ def test_own_problem(run_here, tmp_path):
     assert max(found["initial_hv"]["Bend"]) < min(found["hv"]["Bend"])
 
 
+def test_range_that_is_not_given_is_estimated_after_training(tmp_path, capsys):
+    """Beside tasks of other numbers of objectives; the function is not called again to report."""
+    path, folder = write_kinds(tmp_path / "mine.py"), tmp_path / "a"
+    words = arguments("--problems", f"F1,{path}:Open", f"{path}:Known", "dtlz2-3", "--method",
+                      "psl,coaction", "--steps", 100, "--tower-width", 64, "--out-dir", folder)
+    coaction.main(words)
+    out, err = capsys.readouterr()
+    training = 2 * 2 * (100 * 8 + 11 * 15)  # methods, seeds; steps, batch; tests of 15 points
+    assert 2 * training < calls(path) <= 4 * training + 2 * 48
+    seen, found = calls(path), result(folder)
+    coaction.main([*words, "--resume"])
+    assert calls(path) - seen == 2 * 48 and result(folder) == found
+    assert capsys.readouterr().out == out
+    ranges = found["ranges"]["Open"]
+    assert found["ranges"]["Known"]["estimated"] == [] and ranges["estimated"] == ["ideal", "nadir"]
+    assert ranges["ideal"] == pytest.approx([0, 0], abs=.1)
+    assert ranges["nadir"] == pytest.approx([1, 1], abs=.15)
+    psl = found["results"]["psl"]
+    for key, apart in (("hv", .1), ("range", .15), ("sparsity", .05)):
+        for known, late in zip(psl[key]["Known"], psl[key]["Open"], strict=True):
+            assert late == pytest.approx(known, abs=apart)
+    assert all(0 <= v < 1.21 for v in (*psl["hv"]["Open"], *psl["initial_hv"]["Open"]))
+    assert all("hv" not in row for row in log_rows(folder))
+    assert Image.open(folder / "figure.png").size[0] > 1000
+    assert [t.split()[:2] for t in out.splitlines() if t.startswith("Open")] == [["Open", "*"]] * 3
+    assert "* Open: ideal and nadir estimated" in out and result_line(out)["estimated"] == "Open"
+    lines = err.splitlines()
+    assert [t.split(":")[0] for t in lines] == ["problems", "problem Open", "problem Known"]
+
+
+def test_offsets_and_scales_do_not_change_training(run_here, tmp_path):
+    path = write_kinds(tmp_path / "mine.py")
+    plain, *others = (trained(run_here(k, "--problems", f"{path}:{k}", "--method", "coaction"))
+                      for k in ("Open", "Far", "Below"))
+    for other in others:
+        for name, expected in plain.items():
+            torch.testing.assert_close(other[name], expected, rtol=0, atol=2e-5)
+
+
+def test_search_that_is_cut_short_goes_on_where_training_ended(run_here, tmp_path, monkeypatch):
+    path, search = write_kinds(tmp_path / "mine.py"), data.reference_front
+    words = ["--problems", f"{path}:Open", "--method", "psl", "--steps", 10]
+    whole = result(run_here("whole", *words))
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "reference_front", stopped)
+    with pytest.raises(SystemExit):
+        run_here("a", *words)
+    monkeypatch.setattr(data, "reference_front", search)
+    monkeypatch.setattr(coaction, "train_step", stopped)
+    assert result(run_here("a", *words, "--resume")) == whole
+
+
+def test_note_on_objectives_as_they_are_and_on_points_that_do_not_fit(run_here, tmp_path, capsys):
+    path = write_kinds(tmp_path / "mine.py")
+    run_here("a", "--problems", f"{path}:Far", f"{path}:ball4", "--recipe", "copsl", "--method",
+             "psl", "--steps", 2, "--eval-points", 40, "--reference", 0)
+    notes = [t for t in capsys.readouterr().err.splitlines() if t.startswith("note: ")]
+    assert notes[0].startswith("note: problem Far: objectives of ")
+    assert notes[1] == "note: --eval-points 40: 35 of 4 objectives are spread evenly"
+
+
 BAD = [
     (["--problems", "f1", "zdt9"], "FILE.py:NAME"),
     (["--problems", "nowhere.py:Truss"], "no file nowhere.py"),
     (["--problems", "mine.py:Truss"], "Truss"),
-    (["--problems", "mine.py:Bend", "./mine.py:Bend"], "names must differ; got Bend, Bend"),
     (["--suite", "f", "--problems", "f1"], "give one of them"),
     (["--method", "fedavg"], "no-attention"),
     (["--method", "copsl"], "one number of objectives"),
@@ -707,8 +775,9 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
     out = [] if flags[0] in ("--resume", "--out-dir") else ["--out-dir", "out"]
     code = exit_code(coaction.main, arguments(*flags, *out))
     assert code == (3 if "finite" in words else 2)
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    *said, err = capsys.readouterr().err.strip().splitlines()
+    assert words in err and err.startswith("error: ")
+    assert len(said) == (1 if "finite" in words else 0)  # a line about the problems
     assert not (tmp_path / "out" / "result.json").exists()
 
 

@@ -855,6 +855,22 @@ def test_hypervolume_equals_inclusion_and_exclusion(m, n):
     assert common.hypervolume(points, reference) == pytest.approx(volume, rel=1e-12)
 
 
+@pytest.mark.parametrize("m", [6, 7, 8, 9, 10])
+def test_hypervolume_of_many_objectives_is_close_and_never_above_its_box(m):
+    rng = np.random.default_rng(m)
+    points = rng.uniform(.2, 1, (12, m))
+    points[0], points[1, 0] = .3, 5  # the second is beyond the reference
+    volume = 0.0
+    inside = np.delete(points, 1, 0)
+    for size in range(1, len(inside) + 1):
+        for some in itertools.combinations(inside, size):
+            volume -= (-1) ** size * np.prod(1.1 - np.max(some, 0))
+    assert common.hypervolume(points, [1.1] * m) == pytest.approx(
+        volume, rel=1e-9 if m == 6 else 5e-3)
+    assert common.hypervolume(np.zeros((1, m)), [1.1] * m) <= 1.1 ** m + 1e-12
+    assert common.hypervolume(np.full((2, m), 2), [1.1] * m) == 0
+
+
 def test_hypervolume_of_known_fronts():
     assert common.hypervolume([[.5, .5]], [1, 1]) == .25
     assert common.hypervolume([[0, .5], [.5, 0]], [1, 1]) == .75

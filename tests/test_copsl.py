@@ -20,6 +20,7 @@ from tools import (
     PowerCut,
     QuietRun,
     assert_same_run,
+    calls,
     cut_power,
     exit_code,
     finish,
@@ -33,6 +34,7 @@ from tools import (
     start,
     trained,
     wait_for_rows,
+    write_kinds,
     write_problem,
 )
 
@@ -502,7 +504,7 @@ def test_run_leaves_its_files_and_a_result_line(reference):
         *(f"solutions-{m}-{n}.csv" for m in ("copsl-gradnorm", "psl") for n in ("f1", "f2"))}
     assert (folder / "copsl.py").read_text() == (ROOT / "copsl.py").read_text()
     assert Image.open(folder / "figure.png").size[0] > 1000
-    assert err == ""
+    assert err == "problems: f1 f2 (built in)\n"
     found, line = result(folder), result_line(out)
     assert list(found["results"]) == ["copsl-gradnorm", "psl"] and line["method"] == "psl"
     hv = found["results"]["psl"]["hv"]
@@ -518,6 +520,8 @@ def test_run_leaves_its_files_and_a_result_line(reference):
         shown = sum(r["hv"]["f1"]) / 2
         row = next(t for t in out.splitlines() if t.startswith(copsl.METHODS[method]))
         assert f"{shown:.4f} ±" in row
+    assert found["ranges"] == {n: {"ideal": [0, 0], "nadir": [1, 1], "estimated": []}
+                               for n in ("f1", "f2")}
     assert found["reference_hv"] == pytest.approx([.8762] * 2, abs=1e-3)
     rows = log_rows(folder)
     assert [(r["method"], r["step"]) for r in rows] == \
@@ -593,7 +597,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     wait_for_rows(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
-    lines = err.strip().splitlines()
+    said, *lines = [line for line in err.splitlines() if line]
+    assert said.startswith("problems: ")
     assert len(lines) == 1 and "--resume" in lines[0] and str(folder) in lines[0]
     assert "psl, step" in lines[0]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["script"] == "copsl"
@@ -699,8 +704,9 @@ def test_three_objectives_and_groups(tmp_path, capsys):
     assert Image.open(folder / "figure.png").size[0] > 1000
     assert (folder / "solutions-copsl-dtlz2-3.csv").read_text().count("\n") == 106
     assert "hv_dtlz2-3" in result_line(capsys.readouterr().out)
-    named = copsl.resolve(copsl.build_parser().parse_args(["--problems", "RE", "re37", "re41"]))
-    assert named.problems == ["re31", "re32", "re33", "re34", "re37", "re41"]
+    named = copsl.resolve(copsl.build_parser().parse_args(["--problems", "RE", "re37", "re36"]))
+    assert [p.name for p in copsl.load_problems(named)] == \
+        ["re31", "re32", "re33", "re34", "re37", "re36"]
     assert copsl.resolve(copsl.build_parser().parse_args([])).problems == \
         [f"f{i}" for i in range(1, 7)]
 
@@ -714,13 +720,171 @@ def test_own_problem(run_here, tmp_path):
     assert (folder / "solutions-copsl-Bend.csv").read_text().startswith("p1,p2,x1,x2,x3,f1,f2\n")
 
 
+def own_run(run_here, name, *words, steps=150):
+    return run_here(name, "--method", "copsl", "--recipe", "tuned", "--steps", steps, "--width", 64,
+                    *words)
+
+
+def test_range_that_is_not_given_is_estimated_after_training(run_here, tmp_path, capsys):
+    path = write_kinds(tmp_path / "mine.py")
+    folder = own_run(run_here, "a", "--problems", f"{path}:Known,{path}:Open")
+    out, err = capsys.readouterr()
+    found = result(folder)
+    r, ranges = found["results"]["copsl"], found["ranges"]
+    assert ranges["Known"] == {"ideal": [0, 0], "nadir": [1, 1], "estimated": []}
+    assert ranges["Open"]["estimated"] == ["ideal", "nadir"]
+    assert ranges["Open"]["ideal"] == pytest.approx([0, 0], abs=.05)
+    assert ranges["Open"]["nadir"] == pytest.approx([1, 1], abs=.1)
+    for known, late in zip(r["hv"]["Known"], r["hv"]["Open"], strict=True):
+        assert late == pytest.approx(known, abs=.05) and known > .8
+    with open(folder / "solutions-copsl-Open.csv", newline="") as handle:
+        rows = [[float(v) for v in row] for row in list(csv.reader(handle))[1:]]
+    f = torch.tensor(rows, dtype=torch.float64)[:, -2:]
+    low, high = (torch.tensor(ranges["Open"][k], dtype=torch.float64) for k in ("ideal", "nadir"))
+    hv = common.hypervolume((f - low) / (high - low), [1.1, 1.1])
+    assert hv == pytest.approx(r["hv"]["Open"][0], abs=1e-12)
+    assert found["reference_hv"][1] >= max(r["hv"]["Open"]) - 1e-12
+    assert all(0 <= v < 1.21 for row in r["curve"].values() for v in row)
+    assert all("hv" not in row for row in log_rows(folder))
+    header = next(t for t in out.splitlines() if t.startswith("HV of (f - ideal)"))
+    assert header.split()[-3:] == ["Known", "Open", "*"]
+    assert "* Open: ideal and nadir estimated from what this run found, " in out
+    assert result_line(out)["estimated"] == "Open"
+    lines = err.splitlines()
+    assert [t.split(":")[0] for t in lines] == ["problem Known", "problem Open"]
+    assert "to be estimated" in lines[1] and "to be estimated" not in lines[0]
+    assert found["sources"]["problem Open"] == lines[1].split(": ", 1)[1]
+
+
+@pytest.mark.parametrize("kind", ["Far", "Below"])
+def test_offsets_and_scales_do_not_change_training(run_here, tmp_path, kind):
+    path = write_kinds(tmp_path / "mine.py")
+    plain, other = (own_run(run_here, k, "--problems", f"{path}:{k}") for k in ("Open", kind))
+    a, b = trained(plain), trained(other)
+    for name in a:
+        # Values are 2e7 + ... or -3 + 1e-9 · ... in float64: 1e-7 of a range. Adam on top: 2e-6
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-5)
+    plain, other = result(plain), result(other)
+    for u, v in zip(plain["results"]["copsl"]["hv"]["Open"],
+                    other["results"]["copsl"]["hv"][kind], strict=True):
+        assert u == pytest.approx(v, abs=1e-4) and u > .8
+    shift, scale = {"Far": ([2e7, -3], [1e9, 1e-9]), "Below": ([-2, -2], [1, 1])}[kind]
+    for key in ("ideal", "nadir"):
+        back = [(v - a) / t for v, a, t in zip(other["ranges"][kind][key], shift, scale,
+                                               strict=True)]
+        assert back == pytest.approx(plain["ranges"]["Open"][key], abs=1e-4)
+
+
+def test_negative_objectives_have_no_second_table(tmp_path, capsys):
+    path, folder = write_kinds(tmp_path / "mine.py"), tmp_path / "a"
+    copsl.main(arguments("--problems", "f1", f"{path}:Below", "--method", "copsl", "--steps", 20,
+                         "--recipe", "tuned", "--out-dir", folder))
+    out = capsys.readouterr().out
+    found = result(folder)["results"]["copsl"]
+    assert list(found["hv"]) == ["f1", "Below"] and list(found["hv_official"]) == ["f1"]
+    assert "no f / nadir of Below: a nadir there is not above 0" in out
+    assert Image.open(folder / "figure.png").size[0] > 1000
+    copsl.main(arguments("--problems", f"{path}:Below", "--method", "copsl", "--steps", 2,
+                         "--out-dir", folder, "--overwrite"))
+    out, err = capsys.readouterr()
+    assert "hv_official" not in result(folder)["results"]["copsl"] and "HV of f / nadir" not in out
+    assert "note: problem Below: objectives of " in err and "--recipe tuned normalises" in err
+    assert "Infinity" not in (folder / "result.json").read_text()
+
+
+def test_an_own_function_is_called_no_more_than_twice_as_often_as_in_training(
+        run_here, tmp_path, monkeypatch):
+    path = write_kinds(tmp_path / "mine.py")
+    words = ["a", "--problems", f"{path}:Open", "--eval-every", 20]
+    folder = own_run(run_here, *words, steps=100)
+    training = 2 * (100 * 8 + 6 * 100)  # seeds, steps, batch; tests
+    seen = calls(path)
+    assert 1.9 * training < seen <= 2 * training
+    own_run(run_here, *words, "--resume", steps=100)
+    assert calls(path) - seen == 32 + 16  # is it the same function still?
+    again = result(folder)
+    more = own_run(run_here, "b", *words[1:], "--reference", 5, steps=100)
+    assert calls(path) - seen == 2 * 48 + training + 5 * 1001
+    assert {**again, "sources": 0, "reference_hv": 0}.keys() == result(more).keys()
+    none = own_run(run_here, "c", *words[1:], "--reference", 0, steps=100)
+    assert result(none)["reference_hv"][0] >= max(result(none)["results"]["copsl"]["hv"]["Open"])
+    Path = type(tmp_path)
+    Path(path).write_text(Path(path).read_text().replace("- 0.5", "- 0.4"))
+    with pytest.raises(common.UserError, match="the problem Open of this run were others"):
+        own_run(run_here, *words, "--resume", steps=100)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("two\nlines")])
+def test_search_that_ends_early_loses_nothing(run_here, tmp_path, monkeypatch, capsys, stop):
+    path, search = write_kinds(tmp_path / "mine.py"), data.reference_front
+    whole = result(own_run(run_here, "whole", "--problems", f"{path}:Open", steps=20))
+
+    def stopped(*_):
+        raise stop
+    monkeypatch.setattr(data, "reference_front", stopped)
+    if stop is KeyboardInterrupt:
+        with pytest.raises(SystemExit) as end:
+            own_run(run_here, "a", "--problems", f"{path}:Open", steps=20)
+        assert end.value.code == 130 and not (tmp_path / "a" / "result.json").exists()
+        monkeypatch.setattr(data, "reference_front", search)
+        monkeypatch.setattr(copsl, "train_step", stopped)
+        own_run(run_here, "a", "--problems", f"{path}:Open", "--resume", steps=20)
+        assert result(tmp_path / "a") == whole
+    else:
+        own_run(run_here, "a", "--problems", f"{path}:Open", steps=20)
+        assert "ended early (RuntimeError: two lines)" in capsys.readouterr().err
+        assert torch.load(tmp_path / "a" / "checkpoint.pt")["state"].get("reference", {}) == {}
+        found = result(tmp_path / "a")
+        assert found["reference_hv"][0] >= max(found["results"]["copsl"]["hv"]["Open"])
+
+
+def test_objectives_that_agree_are_told(run_here, tmp_path, capsys):
+    path = write_kinds(tmp_path / "mine.py")
+    found = result(own_run(run_here, "a", "--problems", f"{path}:Agree", steps=20))
+    assert "do not conflict" in capsys.readouterr().err
+    assert all(0 < v <= 1.21 for v in found["results"]["copsl"]["hv"]["Agree"])
+    low, high = found["ranges"]["Agree"]["ideal"], found["ranges"]["Agree"]["nadir"]
+    assert low[1] == pytest.approx(2 * low[0] + 1) and all(a < b for a, b in
+                                                           zip(low, high, strict=True))
+
+
+@pytest.mark.parametrize("m", [3, 6, 7, 10])
+def test_any_number_of_objectives_ends_with_a_figure(tmp_path, capsys, m):
+    path = write_kinds(tmp_path / "mine.py")
+    copsl.main(arguments("--problems", f"{path}:ball{m}", "--recipe", "tuned", "--method", "copsl",
+                         "--steps", 4, "--eval-every", 4, "--eval-points", 60,
+                         "--out-dir", tmp_path / "a"))
+    hv = result(tmp_path / "a")["results"]["copsl"]["hv"][f"ball{m}"]
+    assert len(hv) == 2 and all(0 <= v <= 1.1 ** m for v in hv)
+    assert Image.open(tmp_path / "a" / "figure.png").size[0] > 400
+    err = capsys.readouterr().err
+    count = len(data.das_dennis(m, 60))
+    assert (f"--eval-points 60: {count} of {m} objectives are spread evenly" in err) == (count < 60)
+    assert ("65,536 directions" in err) == (m > 6)
+
+
+def test_names_that_are_given_twice_or_alike(run_here, tmp_path, capsys):
+    for folder in ("v1", "v2"):
+        (tmp_path / folder).mkdir()
+        write_kinds(tmp_path / folder / "mine.py")
+    words = [f"{tmp_path / v / 'mine.py'}:Open" for v in ("v1", "v2", "v1")]
+    folder = own_run(run_here, "a", "--problems", ",".join(words), "F1", "f1", steps=2)
+    out, err = capsys.readouterr()
+    found = result(folder)
+    assert found["problems"] == [words[0], words[1], "f1"]
+    assert err.splitlines()[-1] == f"note: --problems names {words[0]}, f1 more than once; it is " \
+                                   "used once"
+    assert len(list(folder.glob("solutions-copsl-*v?-mine-py-Open.csv"))) == 2
+    assert {k for k in result_line(out) if k.endswith(("-Open", "f1"))} == \
+        {*(f"hv_{w.replace('/', '-').replace('.', '-').replace(':', '-')}" for w in words), "hv_f1"}
+
+
 BAD = [
     (["--problems", "f1", "zdt9"], "FILE.py:NAME"),
     (["--problems", "f1", "re33"], "coaction.py takes any mix"),
     (["--problems", "f1", "re33", "re42"], "re42 has 4"),
     (["--problems", "nowhere.py:Truss"], "no file nowhere.py"),
     (["--problems", "mine.py:Truss"], "Truss"),
-    (["--problems", "mine.py:Bend", "./mine.py:Bend"], "names must differ; got Bend, Bend"),
     (["--method", "fedavg"], "copsl-gradnorm"),
     (["--method", "copsl,,psl"], "unknown"),
     (["--device", "toaster"], "toaster"),
@@ -744,8 +908,9 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
     out = [] if flags[0] in ("--resume", "--out-dir") else ["--out-dir", "out"]
     code = exit_code(copsl.main, arguments(*flags, *out))
     assert code == (3 if "finite" in words else 2)
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and words in err and err.startswith("error: ")
+    *said, err = capsys.readouterr().err.strip().splitlines()
+    assert words in err and err.startswith("error: ")
+    assert len(said) == (1 if "finite" in words else 0)  # a line about the problems
     assert not (tmp_path / "out" / "result.json").exists()
 
 

@@ -6,6 +6,7 @@ point at a time, and share nothing with data.py.
 import itertools
 import math
 from math import cos, exp, pi, sin, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -889,9 +890,9 @@ def test_matrix_file_is_read_and_without_it_a_seeded_one_stands_in(tmp_path):
 
 @pytest.mark.parametrize("content", [
     "", "1 2\n3 4\n", "a b c\n" * 9, "1 2 3 4 5 6 7 8 9\n" * 8, "1 2 3 4 5 6 7 8\n" * 9,
-    "1 2 3 4 5 6 7 8 nan\n" * 9, "1 2 3 4 5 6 7 8 inf\n" * 9, "1,2,3,4,5,6,7,8,9\n" * 9,
-    "1 2 3\n4 5\n"])
-@pytest.mark.filterwarnings("ignore:loadtxt")
+    "1 2 3 4 5 6 7 8 nan\n" * 9, "1 2 3 4 5 6 7 8 inf\n" * 9,
+    "0,1 0,2 0,3 0,4 0,5 0,6 0,7 0,8 1\n" * 9,
+    "1 2 3\n4 5\n", " ".join(["1"] * 81)])
 def test_malformed_matrix_file_is_refused(content, tmp_path):
     (tmp_path / "mtmo").mkdir()
     path = tmp_path / "mtmo" / "cims2.txt"
@@ -901,7 +902,25 @@ def test_malformed_matrix_file_is_refused(content, tmp_path):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:loadtxt")
+@pytest.mark.parametrize("name, write", [
+    ("cims2.txt", lambda rows: "\ufeff" + "\n".join(" ".join(r) for r in rows)),
+    ("cims2.txt", lambda rows: "\r\n".join(", ".join(r) for r in rows) + "\r\n\r\n"),
+    ("CIMS2.txt", lambda rows: "\n".join(";".join(r) for r in rows)),
+    ("cims2.csv", lambda rows: ("# rows\n" + "\n".join("\t".join(r) for r in rows))
+        .encode("utf-16"))], ids=["mark", "commas", "capitals", "utf-16"])
+def test_matrix_file_as_people_have_it(name, write, tmp_path):
+    rng = np.random.default_rng(3)
+    matrix = rng.normal(size=(9, 9))
+    (tmp_path / "mtmo").mkdir()
+    text = write([[repr(float(v)) for v in row] for row in matrix])
+    (tmp_path / "mtmo" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    read, found = data.mtmo_matrix("cims2", 9, tmp_path)
+    assert found and read.tolist() == matrix.tolist()
+    (tmp_path / "mtmo" / "Cims2.TXT").write_text("1")
+    with pytest.raises(UserError, match="are both there for cims2"):
+        data.mtmo_matrix("cims2", 9, tmp_path)
+
+
 def test_binary_matrix_file_is_refused(tmp_path):
     (tmp_path / "mtmo").mkdir()
     (tmp_path / "mtmo" / "nims2.txt").write_bytes(bytes(range(256)))
@@ -1002,12 +1021,19 @@ def test_own_problem_of_every_kind(name, tmp_path):
     if name in ("Full", "instance"):
         assert problem.ideal.tolist() == [-1, -2] and problem.nadir.tolist() == [5, 6]
         assert torch.equal(data.reference_front(problem, 7), problem.front(7))
+        assert torch.equal(problem.hv_nadir, problem.nadir) and problem.estimated == []
     else:
-        assert problem.ideal.tolist() == pytest.approx([0, 0], abs=.02)
-        assert problem.nadir.tolist() == pytest.approx([4, 4], abs=.15)
-        assert problem.front is None
-    assert torch.equal(problem.hv_nadir, problem.nadir)
+        assert problem.estimated == ["ideal", "nadir"] and problem.front is None
+        assert problem.ideal.isnan().all() and problem.nadir.isnan().all()
+        # the front is f2 = (√f1 - 2)² from (0, 4) to (4, 0), sampled here with an end unfinished
+        t = torch.linspace(0, 2, 101, dtype=torch.float64)
+        front = torch.stack([t ** 2, (t - 2) ** 2], 1)
+        front[0] = torch.tensor([-1e-5, 9])
+        assert problem.estimate(front, front.amin(0)) == []
+        assert problem.ideal.tolist() == pytest.approx([-1e-5, 0])
+        assert problem.nadir.tolist() == pytest.approx([4, 3.9204])  # that of t = .02
     assert not problem.ideal.requires_grad and not problem.nadir.requires_grad
+    assert "2 variables, 2 objectives" in problem.said and "in all variables" in problem.said
 
 
 CLASS = """
@@ -1019,44 +1045,301 @@ class P:
 """
 
 
+BELOW = int((common.numpy_generator(0, "own").random((32, 2))[:, 0] < .5).sum())  # x1 < .5
+
+
 @pytest.mark.parametrize("content, message", [
     ("class P:\n    def (:\n", "SyntaxError"),
     ("import no_such_module_x\nP = 1", "No module named"),
-    ("Q = 1", "KeyError: 'P'"), ("P = 3", "has no attribute 'lower'"),
+    ("Q = 1", "expected FILE.py:NAME with one of what is in the file: no callable with n_obj"),
+    (CLASS.replace("class P", "class Truss"), "what is in the file: Truss"),
+    ("P = 3", "has no attribute 'lower'"),
     ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
     ("import sys\nsys.exit(1)", "SystemExit"),
+    ("open('none.txt')\n", "No such file or directory: 'none.txt'"),
     (CLASS.replace("lower, upper, n_obj", "lower, upper, other"), "has no attribute 'n_obj'"),
     (CLASS.replace("lower, upper", "lower, top"), "has no attribute 'upper'"),
     (CLASS.replace("lower, upper", "low, upper"), "has no attribute 'lower'"),
     (CLASS.replace("def __call__", "def call"), "TypeError: 'P' object is not callable"),
     (CLASS.replace("self, x", "self"), "TypeError"),
-    (CLASS.replace("def __call__", "def __init__(self, a): pass\n    def __call__"), "TypeError"),
-    (CLASS.replace("2\n", "3\n"), "got shape (20000, 2)"),
+    (CLASS.replace("def __call__", "def __init__(self, a, *, b): pass\n    def __call__"),
+     "the class P needs a, b; make an instance in the file"),
+    (CLASS.replace("2\n", "3\n"), "got shape (32, 2): n_obj says 3, but there are 2"),
     (CLASS.replace("2\n", "1\n"), "n_obj >= 2"),
     (CLASS.replace("2\n", "'two'\n"), "ValueError"),
-    (CLASS.replace(", 1)", ", 0)"), "got shape (2, 20000)"),
-    (CLASS.replace("return ", "return 1 or "), "got AttributeError"),
-    (CLASS.replace(", 1)", ", 1).numpy()"), "got AttributeError"),
-    (CLASS.replace("[x[:, 0]", "[x[:, 0].log() * 0 / 0"), "finite values"),
-    (CLASS.replace("[x[:, 0]", "[x[:, 0] / 0"), "finite values"),
+    (CLASS.replace("return torch", "return x[:, 0]\n        torch"), "got shape (32,)"),
+    (CLASS.replace("return ", "return 1 or "), "it returns a builtins.int, not a tensor"),
+    (CLASS.replace(", 1)", ", 1).numpy()"), "no gradient comes out of P: it is NumPy code"),
+    (CLASS.replace("[x[:, 0]", "[torch.from_numpy(__import__('numpy').sin(x[:, 0]))"),
+     "no gradient comes out of P: it is NumPy code"),
+    (CLASS.replace("(self, x):", "(self, x):\n        x = x.detach()"),
+     "use torch functions of x all the way (the file has detach)"),
+    (CLASS.replace(", 1)", ", 1).long()"), "no gradient comes out of P: torch cannot follow its "
+     "values (torch.int64)"),
+    (CLASS.replace("(self, x):", "(self, x):\n        x = (9 * x).round() / 9"),
+     "the gradient of P is 0 in all its variables: its values change by steps"),
+    (CLASS.replace("[x[:, 0], 1 - x[:, 0] + x[:, 1]]", "[0 * x[:, 0], 0 * x[:, 1]]"),
+     "the gradient of P is 0 in all its variables: its values do not change with x"),
+    (CLASS.replace("[x[:, 0],", "[(x[:, 0] - .5).sqrt(),"), "it is not finite (NaN or infinity) at "
+     f"{BELOW} of 32 random points of its box, e.g. x = [0.1903, 0.4257]"),
+    (CLASS.replace("[x[:, 0]", "[x[:, 0] / 0"), "at 32 of 32 random points"),
+    (CLASS.replace("[x[:, 0]", "[torch.where(x[:, 0] > .5, (x[:, 0] - .5).sqrt(), x[:, 0])"),
+     f"its values are finite, but its gradient is not (NaN or infinity) at {BELOW} of 32"),
+    (CLASS.replace("[x[:, 0]", "[x[:, 0] * x.mean()"), "with the other points of the batch"),
     (CLASS.replace("[1, 1]", "[1, 0]"), "expected lower < upper"),
     (CLASS.replace("[1, 1]", "[1, -1]"), "expected lower < upper"),
     (CLASS.replace("[1, 1]", "[1, float('nan')]"), "expected lower < upper"),
-    (CLASS.replace("[1, 1]", "[1, 1, 1]"), "RuntimeError"),
+    (CLASS.replace("[1, 1]", "[1, float('inf')]"), "expected lower < upper"),
+    (CLASS.replace("[1, 1]", "[1, 1, 1]"), "expected lower < upper"),
     (CLASS.replace("[1, 1]", "[1]"), "expected lower < upper"),
     (CLASS.replace("[1, 1]", "1"), "expected lower < upper"),
     (CLASS.replace("[1, 1]", "'ab'"), "TypeError"),
     (CLASS + "    ideal = 'zero'\n", "TypeError"), (CLASS + "    ideal = [0, 0, 0]\n", "Error"),
-    (CLASS + "    nadir = [0, -5]\n", "expected ideal < nadir"),
-    (CLASS.replace("1 - x[:, 0] + x[:, 1]", "x[:, 0] * 2"), "do the objectives conflict")])
+    (CLASS + "    ideal, nadir = [0, 0], [0, -5]\n", "expected ideal < nadir"),
+    (CLASS + "    ideal = [0, float('nan')]\n", "expected finite numbers as ideal"),
+    (CLASS + "    def front(self, count): return torch.zeros(count, 3)\n", "got shape (10, 3)")])
 def test_own_problem_that_does_not_fit_is_one_clear_line(content, message, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(content)
     with pytest.raises(UserError) as error:
         data.get_problem(f"{path}:P")
     line = str(error.value)
-    assert line.startswith(f"--problems {path}:P: expected") and message in line
+    assert line.startswith(f"--problems {path}:P: ") and message in line
     assert "\n" not in line
+
+
+def both(x):
+    return torch.stack([x[:, 0], 1 - x[:, 0] + x[:, 1]], 1)
+
+
+@pytest.mark.parametrize("change, remark", [
+    (("", ""), None),
+    ((", 1)", ", 0)"), "objectives in rows, turned round"),
+    (("[x[:, 0], 1 - x[:, 0] + x[:, 1]], 1", "[x[0], 1 - x[0] + x[1]]"),
+     "called with one point at a time, which is slow"),
+    (("torch.stack([x[:, 0], 1 - x[:, 0] + x[:, 1]], 1)", "x[:, 0], 1 - x[:, 0] + x[:, 1]"), None),
+    (("(self, x):", "(self, x):\n        x = x.float()"), None),
+    (("(self, x):", "(self, x):\n        x = x @ torch.eye(2)"), "called in float32 (in float64: "),
+    (("(self, x):", "(self, x):\n        x[:, 0] *= 1"), None),
+    (("(self, x):", "(self, x):\n        print('RESULT')"), None),
+    (("(self, x):", "(self, x):\n        x = x + (x.round() - x).detach()"), None)],
+    ids=["plain", "rows", "one point", "a list", "to float32", "float32", "in place", "prints",
+         "integers"])
+def test_own_problem_is_called_as_it_wants_to_be(change, remark, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(CLASS.replace(*change))
+    problem = data.get_problem(f"{path}:P")
+    x = torch.tensor([[.25, .5], [1, .75], [0, 1]], requires_grad=True)
+    expected = both(x.detach().round() if "round" in change[1] else x.detach()).double()
+    f = problem(x)
+    torch.testing.assert_close(f.detach(), expected, rtol=0, atol=1e-6)
+    f.sum().backward()
+    assert x.grad.tolist() == [[0, 1]] * 3  # straight through, where it rounds
+    assert x.tolist() == [[.25, .5], [1, .75], [0, 1]]
+    assert (remark in problem.said) if remark else "called" not in problem.said
+    assert capsys.readouterr().out == ""
+
+
+NET = """
+import torch
+class P(torch.nn.Module):
+    lower, upper, n_obj = [0, 0], [1, 1], 2
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(.5))
+    def forward(self, x):
+        return self.net(x)
+"""
+
+
+def test_own_network_is_evaluated_not_trained(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    problem = data.get_problem(f"{tmp_path / 'net.py'}:P")
+    weights = problem.function.net[0]
+    x = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(problem(x), x @ weights.weight.T + weights.bias)
+    problem(x).sum().backward()
+    assert weights.weight.grad is None and x.grad.abs().min() > 0
+
+
+def test_own_problem_says_which_variables_have_no_gradient(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CLASS.replace("[1, 1]", "[1, 1, 1]").replace("[0, 0]", "[0, 0, 0]").replace(
+        "x[:, 1]]", "(3 * x[:, 1]).round()]"))
+    said = data.get_problem(f"{path}:P").said
+    assert "gradients in x1; none in x2: its values change by steps" in said
+    assert "(x.round() - x).detach()" in said
+    assert "none in x3, on which its values do not depend" in said
+    path.write_text(CLASS.replace("x[:, 0], 1 -", "0 * x[:, 0], 1 -"))
+    assert "in all variables; none of objective 1" in data.get_problem(f"{path}:P").said
+    path.write_text(CLASS.replace(", 1)", ", 1) + .1 * torch.randn(len(x), 2)"))
+    assert "values change from call to call" in data.get_problem(f"{path}:P").said
+
+
+def test_own_problem_in_float64_keeps_what_an_offset_leaves(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CLASS.replace(", 1)", ", 1) + 2e9"))
+    f = data.get_problem(f"{path}:P")(torch.tensor([[.25, .5]]))
+    assert (f - 2e9).tolist()[0] == pytest.approx([.25, 1.25], abs=1e-6)
+
+
+def test_own_problem_that_fails_later_says_where(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CLASS.replace("[x[:, 0]", "[(x[:, 0] + .01).log()").replace(
+        "(self, x):", "(self, x):\n        assert not (x > 5).any(), 'too large'"))
+    problem = data.get_problem(f"{path}:P")
+    with pytest.raises(UserError, match="problem P is not finite") as error:
+        problem(torch.tensor([[.5, .5], [-.5, .25]]))
+    assert "at x = [-0.5, 0.25]" in str(error.value) and error.value.code == 3
+    with pytest.raises(UserError, match="problem P: AssertionError: too large"):
+        problem(torch.full((1, 2), 9.))
+    assert problem(torch.full((1, 2), torch.nan)).isnan().all()  # training's fault, not the file's
+
+
+def test_own_file_finds_its_neighbours(tmp_path, monkeypatch, capsys):
+    """Modules and tables beside it, whatever they are called, and of two folders each its own."""
+    monkeypatch.chdir(tmp_path)
+    for folder, factor in (("a", 2), ("b b", 3)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "factors.py").write_text(f"FACTOR = {factor}")
+        (tmp_path / folder / "data.py").write_text("OFFSET = 1")
+        (tmp_path / folder / "offset.txt").write_text("5")
+        (tmp_path / folder / "my.own v2.py").write_text(
+            "from factors import FACTOR\nimport data\nprint('hello')\n"
+            "MORE = data.OFFSET + float(open('offset.txt').read())\n"
+            + CLASS.replace(", 1)", ", 1) * FACTOR + MORE"))
+    monkeypatch.setattr(data.sys, "path", list(data.sys.path))
+    name = "my.own v2.py"
+    for spec, factor in ((f"a/{name}:P", 2), (f"b b/{name}:P", 3), (f"b b\\{name}", 3)):
+        f = data.get_problem(spec)(torch.tensor([.25, .5]))
+        assert f.tolist() == [.25 * factor + 6, 1.25 * factor + 6]
+    assert data.sys.modules["data"] is data and Path.cwd() == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data.get_problem("~/a/my.own v2.py:P").name == "P"
+    assert "hello" not in capsys.readouterr().out
+
+
+def test_names_of_problems(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", "a b.py", "x,y.py", "f1,mine.py"):
+        (tmp_path / name).write_text(CLASS)
+    groups = {"re": ["re31", "re32"]}
+    for words, names in (
+            (["F1,f2"], ["f1", "f2"]), (["f1,", "f2"], ["f1", "f2"]), (["f1 f2"], ["f1", "f2"]),
+            (["RE, zdt1", "f1"], ["re31", "re32", "zdt1", "f1"]), (["re", "re31"],
+                                                                  ["re31", "re32", "re31"]),
+            (["f1,mine.py:P,DTLZ2-3"], ["f1", "mine.py:P", "dtlz2-3"]),
+            (["mine.py:P", "a b.py:P,x,y.py:P"], ["mine.py:P", "a b.py:P", "x,y.py:P"]),
+            (["nowhere.py:Truss"], ["nowhere.py:Truss"]), (["./mine.py"], ["./mine.py"])):
+        if names == ["f1", "mine.py:P", "dtlz2-3"]:
+            with pytest.raises(UserError, match="that is a file, and f1 mine"):
+                data.problem_names(words, groups)
+            (tmp_path / "f1,mine.py").unlink()
+        assert data.problem_names(words, groups) == names
+    with pytest.raises(UserError, match="names nothing"):
+        data.problem_names([",", " "], groups)
+
+
+def test_problems_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(
+            CLASS + "class F1(P): pass\nclass dtlz2_3(P): pass")
+    problems = data.get_problems(["a/mine.py:P", "b/mine.py:P", "./a/mine.py:P", "a/mine.py:F1",
+                                  "f1", "F1", "a/mine.py:dtlz2_3", "dtlz2-3"])
+    assert [p.name for p in problems] == ["a/mine.py:P", "b/mine.py:P", "a/mine.py:F1", "f1",
+                                          "dtlz2_3", "dtlz2-3"]
+    assert [p.named for p in problems] == [2, 1, 1, 2, 1, 1]
+    for name in ("hv=1", "hv 1", "HV-1", "größe"):
+        problems.append(data.get_problem("f1"))
+        problems[-1].name = name
+    names = data.file_names(problems)
+    assert names[:3] == ["a-mine-py-P", "b-mine-py-P", "a-mine-py-F1"]
+    assert names[3:] == ["f1", "dtlz2_3", "dtlz2-3", "hv-1", "hv-1-2", "HV-1-3", "größe"]
+    assert len({n.lower() for n in names}) == len(names)
+
+
+def test_what_is_remembered_of_a_problem_hangs_on_values_not_on_last_bits(tmp_path):
+    path, seen = tmp_path / "mine.py", {}
+    for key, content in {
+            "same": CLASS, "bits": CLASS.replace("- x[:, 0]", "- x[:, 0] * (1 + 1e-13)"),
+            "small": CLASS.replace(", 1)", ", 1) + torch.tensor([2e7, 0])"),
+            "small, changed": CLASS.replace("+ x[:, 1]", "+ x[:, 1] * 1.001")
+                .replace(", 1)", ", 1) + torch.tensor([2e7, 0])"),
+            "bounds": CLASS.replace("[1, 1]", "[1, 2]"),
+            "ideal": CLASS + "    ideal = [0, 0]", "nadir": CLASS + "    nadir = [1, 1]"}.items():
+        path.write_text(content)
+        seen[key] = common.fingerprint(data._fixed_values(data.get_problem(f"{path}:P")))
+    assert seen.pop("bits") == seen["same"] and len(set(seen.values())) == len(seen)
+    plain, moved, other = (common.fingerprint(data._fixed_values(data.get_problem(
+        "cims2", tmp_path, **more))) for more in ({}, {"shift": .1}, {"seed": 1}))
+    assert len({plain, moved, other}) == 3
+
+
+@pytest.mark.parametrize("evaluations", [0, 50, 3300, 402_000, 10 ** 8])
+@pytest.mark.parametrize("m", range(2, 11))
+def test_search_takes_no_more_evaluations_than_training(m, evaluations):
+    count, steps = data.search_size(m, evaluations)
+    assert count * (steps + 1) <= evaluations and count <= 1000 and steps <= 1000
+    assert count == len(data.das_dennis(m, count)) if count else evaluations < 11 * m
+    assert data.search_size(m, evaluations, 0) == (0, 0)
+    assert data.search_size(m, evaluations, m) == (m, 1000)
+
+
+def test_search_leaves_out_where_a_function_is_not_finite(tmp_path):
+    path, notes = tmp_path / "mine.py", []
+    path.write_text(CLASS.replace("[1, 1]", "[1, 3]").replace(
+        "x[:, 1]]", "torch.where((x[:, 0] > .7) & (x[:, 1] < .1), torch.nan, x[:, 1])]"))
+    problem = data.get_problem(f"{path}:P")
+    problem.ideal, problem.nadir = torch.zeros(2).double(), torch.ones(2).double()
+    front = data.reference_front(problem, 40, 600, warn=notes.append)
+    assert len(notes) == 1 and "of 40 points of the reference search are not finite" in notes[0]
+    assert len(front) > 10 and front.isfinite().all()
+    low = front[:, 0] < .69
+    torch.testing.assert_close(front[low].sum(1), torch.ones(int(low.sum())).double(), rtol=0,
+                               atol=.02)
+
+
+def test_given_range_that_is_beaten_and_objectives_that_do_not_conflict_are_told(tmp_path):
+    path = tmp_path / "mine.py"
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    front = torch.stack([t, 1 - t], 1)
+    path.write_text(CLASS + "    ideal, nadir = [.5, 0], [2, .4]\n")
+    problem = data.get_problem(f"{path}:P")
+    assert problem.estimate(front, front.amin(0)) == []
+    told = problem.beaten(front, front.amin(0))
+    assert [t[:44] for t in told] == ["objective 1 reaches 0 on the fronts found, b",
+                                      "objective 2 reaches 1 on the fronts found, b"]
+    assert "its ideal 0.5" in told[0] and "its nadir 0.4" in told[1]
+    path.write_text(CLASS)
+    problem = data.get_problem(f"{path}:P")
+    told, = problem.estimate(front[:1], front[0])
+    assert "do not conflict" in told
+    assert problem.ideal.tolist() == [0, 1] and (problem.nadir > problem.ideal).all()
+    problem.unit = torch.ones(3).double()
+    front3 = torch.stack([t, 1 - t, 0 * t + 4], 1)
+    told, = problem.estimate(front3, front3.amin(0))
+    assert "objective 3 is the same" in told and problem.nadir.tolist() == [1, 1, 5]
+    path.write_text(CLASS + "    nadir = [-5, 2]\n")
+    problem = data.get_problem(f"{path}:P")
+    told, = problem.estimate(front, front.amin(0))
+    assert "objective 1: nothing found lies below the nadir" in told
+    assert problem.nadir.tolist() == [-5, 2] and (problem.ideal < problem.nadir).all()
+
+
+@pytest.mark.parametrize("outlier", [2.0, 1e6])
+def test_nadir_leaves_out_points_that_pay_for_little_with_much(outlier):
+    t = torch.linspace(0, 1, 201, dtype=torch.float64)
+    front = torch.stack([t, 1 - t.sqrt()], 1)  # as ZDT1's
+    assert data._proper(front).all()
+    for j in (0, 1):
+        end = front[front[:, 1 - j].argmin()][None].clone()
+        end[0, 1 - j] -= 1e-5
+        end[0, j] += outlier
+        keep = data._proper(torch.cat([front, end]))
+        assert keep[:-1].all() and not keep[-1]
 
 
 def test_own_problem_without_its_file_is_refused(tmp_path):
@@ -1070,8 +1353,11 @@ def test_own_problem_without_its_file_is_refused(tmp_path):
 def test_own_problem_without_a_front_is_searched(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(GOOD)
-    found = data.reference_front(data.get_problem(f"{path}:function"), 30, 300)
+    problem = data.get_problem(f"{path}:function")
+    problem.ideal, problem.nadir = torch.zeros(2).double(), torch.full((2,), 4.).double()
+    found = data.reference_front(problem, 30, 300)
     assert len(found) > 15
     root = found[:, 0].sqrt()
     torch.testing.assert_close(found[:, 1], (root - 2) ** 2, rtol=0, atol=.05)
     assert found[:, 0].min() < .3 and found[:, 0].max() > 3
+    assert data.reference_front(problem, 0).shape == (0, 2)

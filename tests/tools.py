@@ -218,6 +218,52 @@ class Bend:
 """
 
 
+OWN_KINDS = OWN_PROBLEM.replace("    ideal, nadir = [0.0, 0.0], [1.0, 1.0]\n", """
+    add, times = torch.zeros(2), torch.ones(2)
+""").split("    def front")[0].replace("class Bend:", "class Open:").replace(
+    "        return torch.stack(", """        with open(__file__ + ".calls", "a") as calls:
+            calls.write(f"{len(x)}\\n")
+        return self.add + self.times * torch.stack(""") + """
+class Far(Open):
+    add, times = torch.tensor([2e7, -3]).double(), torch.tensor([1e9, 1e-9]).double()
+
+class Below(Open):
+    add = torch.tensor([-2, -2])
+
+class Known(Open):
+    ideal, nadir = [0, 0], [1, 1]
+
+class Agree(Open):
+    def __call__(self, x):
+        f = super().__call__(x)
+        return torch.stack([f[:, 0], 2 * f[:, 0] + 1], -1)
+
+def ball(m):  # DTLZ2's
+    def f(x):
+        angle, rest = x[:, :m - 1] * torch.pi / 2, 1 + (x[:, m - 1:] - .5).square().sum(1, True)
+        one = torch.ones_like(rest)
+        return rest * torch.cat([one, angle.cos().cumprod(1)], 1).flip(1) * torch.cat(
+            [one, angle.sin().flip(1)], 1)
+    f.lower, f.upper, f.n_obj = [0] * (m + 1), [1] * (m + 1), m
+    return f
+
+for m in range(2, 11):
+    globals()[f"ball{m}"] = ball(m)
+"""
+
+
+def write_kinds(path):
+    """A user's file: Open is Bend without ideal and nadir, Known has them, Far and Below lie
+    elsewhere, Agree has no conflict; ball2 ... ball10. How often Open was called: `calls`."""
+    Path(path).write_text(OWN_KINDS)
+    return str(path)
+
+
+def calls(path):
+    """Evaluations of a file of write_kinds so far."""
+    return sum(map(int, Path(f"{path}.calls").read_text().split()))
+
+
 def write_problem(path):
     """A user's file with a problem of two objectives and three variables -> its name for a run."""
     Path(path).write_text(OWN_PROBLEM)
