@@ -12,7 +12,8 @@ Reading      `read_image`: any picture file as a viewer shows it; `open_all`: wh
              set are; `ImagePool`: images through a transform, in memory when they are small
 Transfer     `load_splits` (VTAB-1k, FGVC, folders), `frozen_vit`, `transfer_task`, `planted`
 CLIP         `open_clip_backbone` (any open_clip model), `tiny_backbone` (pre-trained on the spot),
-             `encode_once` (image features, cached)
+             `encode_once` (image features, cached), `class_tokens`
+Weights      `hub_if_reachable`: one attempt at the Hugging Face hub, then its cache
 Federation   `load_federation` -> FederatedImages: long tail, clients, CLIP and features of a run
 Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE (TABLE), the multitask
              suite MTMO, a user's (`OwnProblem`); `reference_front`, `das_dennis`, `settle`
@@ -2596,10 +2597,12 @@ def vit_backbone(model, eps, seed, device, cache_dir):
         if found[kind]:
             raise UserError(f"--model {model} is not a whole ViT: "
                             + text.format(", ".join(found[kind][:3])))
-    deeper = [key for key in found["unexpected_keys"] if re.search(r"layers?\.\d+\.", key)]
-    if deeper:
-        raise UserError(f"--model {model}: config.json says {len(vit.layers)} blocks, but the "
-                        f"weights have more of them: {', '.join(deeper[:3])}")
+    # heads of what it was trained for are not needed; the rest of it is
+    more = [key for key in found["unexpected_keys"] if "mask_token" not in key
+            and re.search(r"(^|\.)(embeddings|encoder|layers?|layernorm)\.", key)]
+    if more:
+        raise UserError(f"--model {model}: the weights hold more than the ViT of {len(vit.layers)} "
+                        f"blocks that config.json says: {', '.join(more[:3])}")
     vit.pixels = pixels
     vit.said = f"ViTModel of {Path(model).name if local else model}, {len(vit.layers)} blocks, " \
                f"0 weights missing, LayerNorm eps {eps:g}"
@@ -2814,11 +2817,12 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
     of_openai = state is not None and state.pop("input_resolution", None) is not None
     quick = published.get("quick_gelu", of_openai and not tag)
     pixels, note = _published_pixels(name, tag, weights)
-    local, why = name.startswith("local-dir:"), ""
+    local, config, why = name.startswith("local-dir:"), {}, ""
     seed_torch(seed, "random CLIP")
     logging.disable(logging.CRITICAL)  # open_clip logs what the lines below say
     try:
-        config = {} if name.startswith("hf-hub:") else open_clip.get_model_config(name)
+        if not name.startswith("hf-hub:"):
+            config = open_clip.get_model_config(name)
         # text towers and tokenizers of other libraries come from the hub, too
         remote = not (config and (local or weights or tag == "random")) or \
             ("hf_model" if local else "hf_") in str(config["text_cfg"])
@@ -2834,10 +2838,13 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
     except UserError:
         raise
     except Exception as error:  # hub, network, pickle and key errors of three libraries
-        hint = "" if local else ". Without a network, get the checkpoint elsewhere and say " \
+        what, hint = "download", "Without a network, get the checkpoint elsewhere and say " \
             f"--model {name if tag else 'DIR'} --weights FILE"
-        raise UserError(f"cannot {'read' if local else 'download'} {model} "
-                        f"({_load_error(why, error)}){hint}") from None
+        if local or weights or tag == "random":
+            needs = [v for k, v in config.get("text_cfg", {}).items() if k.startswith("hf_")
+                     and k.endswith("_name") and not (local and "tokenizer" in k)]
+            what, hint = "load", f"From the hub it needs the text model {needs[0]}" if needs else ""
+        raise UserError(f"cannot {what} {model} ({_load_error(why, error)}). {hint}") from None
     finally:
         logging.disable(logging.NOTSET)
     cfg = clip.visual.preprocess_cfg

@@ -1981,9 +1981,10 @@ def test_a_directory_without_a_clip_is_refused_in_words(tmp_path):
     for name in (tmp_path, f"local-dir:{tmp_path}", "local-dir:/none"):
         with pytest.raises(UserError, match=r"holds no open_clip_config\.json"):
             load(name)
-    (folder / "open_clip_config.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot read"):
-        load(folder)
+    for content in ("{}", "{oops", '{"model_cfg": {"embed_dim": 8}}'):
+        (folder / "open_clip_config.json").write_text(content)
+        with pytest.raises(UserError, match="cannot load"):
+            load(folder)
 
 
 class Holder(torch.nn.Module):
@@ -2103,6 +2104,11 @@ def test_names_that_contradict_or_are_only_near(tmp_path):
                          ("vit-b-16", "ViT-B-16"), ("openai/clip-vit-base-patch16", "hf-hub:")):
         with pytest.raises(UserError, match=words):
             load(model, tmp_path / "w.pt")
+
+
+def test_a_tokenizer_that_only_the_hub_has_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE .* text model timm/ViT-B-16-Sig"):
+        load("ViT-B-16-SigLIP:random", cache=tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from test_data import small_clip
+from test_data import bert_tokenizer, small_clip
 
 import common
 import data
@@ -974,6 +974,29 @@ def test_features_of_coca_are_not_normalised(tmp_path):
     found = data.encode_once(clip, pool, torch.device("cpu"), tmp_path)
     torch.testing.assert_close(found, wanted)
     assert (found.norm(dim=-1) - 1).abs().min() > .01
+
+
+def test_zero_shot_of_a_siglip_is_its_own(tmp_path):
+    """Texts without a causal mask, another pooling, a tokenizer of its own, a bias of the logits:
+    the oracle is open_clip's get_logits."""
+    folder, _ = small_clip(
+        tmp_path / "siglip", custom_text=True, init_logit_bias=-10.0,
+        vision_cfg={"pool_type": "avg", "no_ln_pre": True},
+        text_cfg={"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "vocab_size": 10,
+                  "hf_tokenizer_name": "timm/unreachable"})
+    bert_tokenizer(folder / "tokenizer")
+    for path in (folder / "tokenizer").iterdir():
+        path.rename(folder / path.name)
+    fedpurel.main(run_with(tmp_path, folder, "--peft", "adapter", "--method", "zeroshot",
+                           classes=("cafe", "cat", "photo")))
+    backbone = data.open_clip_backbone(str(folder), None, 0, torch.device("cpu"), tmp_path)
+    pictures = data.load_images(f"folder:{tmp_path / 'cafe-cat-photo'}", tmp_path)
+    pixels = torch.stack([backbone.transform(image) for image in pictures.test])
+    texts = backbone.tokenizer([data.PHOTO.format(n) for n in ("cafe", "cat", "photo")])
+    with torch.no_grad():
+        guess = backbone.clip.get_logits(pixels, texts)[0].argmax(-1).numpy()
+    found = result(tmp_path / "out")["results"]["zeroshot"]["gm"]["last"]["all"]
+    assert found == pytest.approx(100 * (guess == pictures.test_labels).mean())
 
 
 @pytest.mark.parametrize("peft", KINDS)

@@ -694,12 +694,26 @@ def test_a_vit_msn_is_the_vit_that_it_is(tmp_path):
     (lambda s: {**s, "embeddings.position_embeddings": torch.zeros(1, 10, 16)}, {},
      r"other shapes than config\.json says: .*embeddings\.position_embeddings"),
     (lambda s: {**s, "layers.2.mlp.fc1.bias": torch.zeros(32)}, {},
-     r"config\.json says 2 blocks, .* more of them: layers\.2\.mlp\.fc1\.bias"),
+     r"more than the ViT of 2 blocks that config\.json says: layers\.2\.mlp\.fc1\.bias"),
+    (lambda s: {**s, "embeddings.register_tokens": torch.zeros(1, 4, 16)}, {},
+     r"more than the ViT .*: embeddings\.register_tokens"),
     (None, {"num_channels": 1}, "reads pictures of 1 channels"),
 ])
 def test_a_vit_that_is_not_whole_is_refused_by_name(change, sizes, words, tmp_path):
     with pytest.raises(common.UserError, match=words):
         read_vit(save_small_vit(tmp_path / "m", change=change, **sizes))
+
+
+@pytest.mark.parametrize("task", ["ImageClassification", "MaskedImageModeling"])
+def test_the_heads_of_a_vit_are_left_out(task, tmp_path):
+    whole = getattr(transformers, f"ViTFor{task}")(transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=16, patch_size=8))
+    whole.half().save_pretrained(tmp_path / "m")
+    vit = read_vit(tmp_path / "m")
+    assert vit.dtype == torch.float32  # the checkpoint's numbers, as they are
+    for name, p in vit.state_dict().items():
+        assert torch.equal(p, whole.vit.state_dict()[name].float())
 
 
 @pytest.mark.parametrize("model", ["./vit", "/none/vit", "runs/a/b", "a model"])
