@@ -364,8 +364,8 @@ class SubspaceRotation(nn.Module):
         # W itself is never built; this is the same as
         #     W = torch.eye(D) + V @ (Q - torch.eye(r)) @ V.T;  return h @ W
         turn = self.turn.T if back else self.turn
-        turn = turn.to(torch.promote_types(turn.dtype, h.dtype))
-        basis, change = self.basis.to(h.dtype), (turn - torch.eye(len(turn)).to(turn)).to(h.dtype)
+        basis = self.basis.to(h.dtype)
+        change = turn.to(h.dtype) - torch.eye(len(turn), dtype=h.dtype, device=h.device)
         return h + h @ basis @ change @ basis.T  # (..., D) -> (..., r) -> (..., r) -> (..., D)
 
     def unrotate(self, h):

@@ -869,6 +869,19 @@ def test_prompted_vit_fits_the_vits_that_it_names(model):
     torch.testing.assert_close(ours.features(ours.embed(PIXELS)), own, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_both_scripts_average_alike(dtype):
+    assert use_fedavg(elsa, dtype)[0].equal(use_fedavg(fedpurel, dtype)[0])
+
+
+def test_a_rotation_in_float32_turns_half_precision_back():
+    turn = elsa.SubspaceRotation.random_turn(4, torch.Generator().manual_seed(0))
+    rotation = elsa.SubspaceRotation(torch.linalg.qr(randn(12, 4).float())[0], turn)
+    for dtype in HALF:
+        h = number(5, 12, seed=7, dtype=dtype)
+        assert_near([rotation.unrotate(rotation.rotate(h))], [h], ROUNDING[dtype])
+
+
 def test_a_sketch_says_what_is_wrong():
     with pytest.raises(ValueError, match="recovery 'mode': expected median, mean or lsq"):
         elsa.CountSketch(12, .5, 3, "mode")
