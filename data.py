@@ -4347,8 +4347,8 @@ class OwnProblem(Problem):
                 moved = (self.evaluate(y.flatten(0, 1)).unflatten(0, (len(dead), 4))
                          != self.probe[:4]).flatten(1).any(1)
             stepped = [j for j, m in zip(dead, moved.tolist(), strict=True) if m]
-        remedy = ("its values change by steps (rounding, integers, argmax?), which training cannot "
-                  "follow; for integers, round straight through: x + (x.round() - x).detach()")
+        remedy = ("its values change without one (rounding, integers, argmax, detach?), so training "
+                  "cannot follow; round straight through: x + (x.round() - x).detach()")
         if len(dead) == self.n_var:
             self._refuse(f"the gradient of {self.name} is 0 in all its variables: "
                          + (remedy if stepped else "its values do not change with x"))
@@ -4357,7 +4357,7 @@ class OwnProblem(Problem):
         if stepped:
             told += f"; none in {_variables(stepped)}: {remedy}"
         if unused := [j for j in dead if j not in stepped]:
-            told += f"; none in {_variables(unused)}, on which its values do not depend"
+            told += f"; none in {_variables(unused)}, on which its values did not depend"
         if flat := (slopes == 0).all(1).nonzero().flatten().tolist():
             told += f"; none of objective {', '.join(str(j + 1) for j in flat)}"
         low, high = self.probe.aminmax(dim=0)
@@ -4604,6 +4604,11 @@ def reference_front(problem, count=1000, steps=1000, progress=lambda items, *_, 
     u = torch.from_numpy(start).requires_grad_()
     optimizer = torch.optim.Adam([u], lr=.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if problem.ideal.isnan().any() or problem.nadir.isnan().any():  # nothing else is known yet
+        with torch.no_grad():
+            f = values(problem.scale(u.sigmoid()))
+        f = f[torch.isfinite(f).all(-1)]
+        problem.estimate(f[non_dominated(f)], f.amin(0))
     for _ in progress(range(steps), f"{problem.name}: reference front"):
         f = (values(problem.scale(u.sigmoid())) - problem.ideal) / (problem.nadir - problem.ideal)
         losses = torch.logsumexp(preferences * f / .02, -1)

@@ -1077,7 +1077,7 @@ BELOW = int((common.numpy_generator(0, "own").random((32, 2))[:, 0] < .5).sum())
     (CLASS.replace(", 1)", ", 1).long()"), "no gradient comes out of P: torch cannot follow its "
      "values (torch.int64)"),
     (CLASS.replace("(self, x):", "(self, x):\n        x = (9 * x).round() / 9"),
-     "the gradient of P is 0 in all its variables: its values change by steps"),
+     "the gradient of P is 0 in all its variables: its values change without one"),
     (CLASS.replace("[x[:, 0], 1 - x[:, 0] + x[:, 1]]", "[0 * x[:, 0], 0 * x[:, 1]]"),
      "the gradient of P is 0 in all its variables: its values do not change with x"),
     (CLASS.replace("[x[:, 0],", "[(x[:, 0] - .5).sqrt(),"), "it is not finite (NaN or infinity) at "
@@ -1168,9 +1168,9 @@ def test_own_problem_says_which_variables_have_no_gradient(tmp_path):
     path.write_text(CLASS.replace("[1, 1]", "[1, 1, 1]").replace("[0, 0]", "[0, 0, 0]").replace(
         "x[:, 1]]", "(3 * x[:, 1]).round()]"))
     said = data.get_problem(f"{path}:P").said
-    assert "gradients in x1; none in x2: its values change by steps" in said
+    assert "gradients in x1; none in x2: its values change without one" in said
     assert "(x.round() - x).detach()" in said
-    assert "none in x3, on which its values do not depend" in said
+    assert "none in x3, on which its values did not depend" in said
     path.write_text(CLASS.replace("x[:, 0], 1 -", "0 * x[:, 0], 1 -"))
     assert "in all variables; none of objective 1" in data.get_problem(f"{path}:P").said
     path.write_text(CLASS.replace(", 1)", ", 1) + .1 * torch.randn(len(x), 2)"))
@@ -1354,10 +1354,9 @@ def test_own_problem_without_a_front_is_searched(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(GOOD)
     problem = data.get_problem(f"{path}:function")
-    problem.ideal, problem.nadir = torch.zeros(2).double(), torch.full((2,), 4.).double()
     found = data.reference_front(problem, 30, 300)
     assert len(found) > 15
     root = found[:, 0].sqrt()
-    torch.testing.assert_close(found[:, 1], (root - 2) ** 2, rtol=0, atol=.05)
+    torch.testing.assert_close(found[:, 1], (root - 2) ** 2, rtol=0, atol=.06)
     assert found[:, 0].min() < .3 and found[:, 0].max() > 3
     assert data.reference_front(problem, 0).shape == (0, 2)
