@@ -635,7 +635,7 @@ class Run:
 
 
 def _short(value):
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else shlex.quote(str(value))
 
 
 def to_device(value, device):

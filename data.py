@@ -73,6 +73,13 @@ def user_path(text):
     return Path(os.path.expanduser(text))
 
 
+def short_name(dataset):
+    """What a run on a --dataset is called: its name, or the last part of its path."""
+    kind, _, path = dataset.partition(":")
+    path = user_path(path).resolve()
+    return {"csv": path.stem, "folder": path.name}.get(kind, dataset)
+
+
 # ------------------------------------------------------------------------------------------------
 # Long tails
 # ------------------------------------------------------------------------------------------------
@@ -1115,25 +1122,25 @@ def text_encoder(model, max_length, dropout, cache_dir, dtype=torch.float32, tex
     from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    config, place, options = text_config(model, cache_dir)
-    for name in DROPOUTS:
-        if hasattr(config, name):
-            setattr(config, name, dropout)
-    kind = type(meta_model(model, config)).__name__
-    try:
-        # Who says so means tokenizer.json as it is. The library's choice goes by the model: a Qwen2
-        # gets the rules of Qwen2's own words, whatever the file says
-        plain = str(get_tokenizer_config(place, **options).get("tokenizer_class")) in (
-            "TokenizersBackend", "PreTrainedTokenizerFast")
-        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
-            place, **options)
-        encoder, found = AutoModel.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options)
-    except Exception as error:  # network, file, safetensors, tokenizer and key errors
-        raise UserError(
-            f"cannot load --model {model}, a {kind} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). {EXPECTED_MODEL}") from None
+    with hub_if_reachable(model) as why:
+        config, options = text_config(model, cache_dir, why)
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+        kind = type(meta_model(model, config)).__name__
+        try:
+            # Who says so means tokenizer.json as it is. The library's choice goes by the model: a
+            # Qwen2 gets the rules of Qwen2's own words, whatever the file says
+            plain = str(get_tokenizer_config(model, **options).get("tokenizer_class")) in (
+                "TokenizersBackend", "PreTrainedTokenizerFast")
+            tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(
+                model, **options)
+            encoder, found = AutoModel.from_pretrained(
+                model, config=config, dtype=dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options)
+        except Exception as error:  # network, file, safetensors, tokenizer and key errors
+            raise UserError(f"cannot load --model {model}, a {kind} ({_load_error(why, error)}). "
+                            f"{EXPECTED_MODEL}") from None
     missing = sorted(n for n in found["missing_keys"] if not n.startswith("pooler."))
     if missing or found["mismatched_keys"]:
         other = sorted(n for n, *_ in found["mismatched_keys"])
@@ -1154,36 +1161,22 @@ def text_encoder(model, max_length, dropout, cache_dir, dtype=torch.float32, tex
     return encoder, encode
 
 
-def text_config(model, cache_dir):
-    """The configuration of a directory, config.json or hub id -> it, its place, further options.
+def text_config(model, cache_dir, why=""):
+    """The configuration of a directory, config.json or hub id -> it, options of from_pretrained.
 
-    Place and options are for the library's from_pretrained. The hub is asked once: where it does
-    not answer, the place is the copy in cache_dir (the library would ask for every file six times).
+    why: what hub_if_reachable yields.
     """
-    import huggingface_hub as hub
     from transformers import AutoConfig, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    place, options = str(model), {"cache_dir": str(cache_dir), "trust_remote_code": False}
+    options = {"cache_dir": str(cache_dir), "trust_remote_code": False}
     try:
-        if not Path(place).exists():
-            try:
-                hub.get_hf_file_metadata(hub.hf_hub_url(place, "config.json"))
-            except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
-                pass  # it has answered, or cannot be asked; the library says how
-            except Exception as error:  # no network, or HF_HUB_OFFLINE
-                try:
-                    place = hub.snapshot_download(place, cache_dir=cache_dir, local_files_only=True)
-                except hub.errors.LocalEntryNotFoundError:
-                    raise UserError(f"{cache_dir} has no copy, and the hub does not answer: "
-                                    f"{str(error)[:100]}") from None
-        return AutoConfig.from_pretrained(place, **options), place, options
+        return AutoConfig.from_pretrained(str(model), **options), options
     except Exception as error:  # hub, file, JSON and key errors
-        why = " ".join(str(error).split())[:250]
-        if not Path(place).exists():
-            why = f"there is no such directory ({why})"
-        raise UserError(f"cannot load --model {model}: {why}. {EXPECTED_MODEL}") from None
+        there = "" if Path(model).exists() else "there is no such directory; "
+        raise UserError(f"cannot load --model {model}: {there}{_load_error(why, error)}. "
+                        f"{EXPECTED_MODEL}") from None
 
 
 def meta_model(model, config):
@@ -2537,17 +2530,20 @@ def transfer_task(splits, vit, norm=None, validate=False, workers=0, device="cpu
 
 
 @contextlib.contextmanager
-def hub_if_reachable():
+def hub_if_reachable(model=""):
     """Inside it, Hugging Face's libraries ask their hub only if it answers; else their cache alone.
 
     One request decides, where they would try each of several files five times, for a minute. Yields
-    the reason in words, "" where it answers. Mirrors, proxies and HF_HUB_OFFLINE are respected.
+    the reason in words, "" where it answers or `model` is a path that exists. Mirrors, proxies and
+    HF_HUB_OFFLINE are respected.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     before, why = constants.HF_HUB_OFFLINE, ""
-    if before:
+    if model and Path(model).exists():
+        pass
+    elif before:
         why = "HF_HUB_OFFLINE is set, and it is not in the cache"
     else:
         try:
@@ -4347,8 +4343,8 @@ class OwnProblem(Problem):
                 moved = (self.evaluate(y.flatten(0, 1)).unflatten(0, (len(dead), 4))
                          != self.probe[:4]).flatten(1).any(1)
             stepped = [j for j, m in zip(dead, moved.tolist(), strict=True) if m]
-        remedy = ("its values change without one (rounding, integers, argmax, detach?), so training "
-                  "cannot follow; round straight through: x + (x.round() - x).detach()")
+        remedy = ("its values change without one (rounding, integers, argmax, detach?), so "
+                  "training cannot follow; round straight through: x + (x.round() - x).detach()")
         if len(dead) == self.n_var:
             self._refuse(f"the gradient of {self.name} is 0 in all its variables: "
                          + (remedy if stepped else "its values do not change with x"))

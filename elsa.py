@@ -1392,7 +1392,7 @@ def main(argv=None, doc=__doc__, title="elsa", small=SMALL, channels=CHANNELS, f
     """
     args, given = parse(argv, doc, channels, flags)
     args = resolve(args, small, settle)
-    with common.Run(args, f"{title}-{Path(args.dataset.removeprefix('csv:')).stem}") as run:
+    with common.Run(args, f"{title}-{data.short_name(args.dataset)}") as run:
         state = run.load() or {"done": {}, "trained": {}, "current": None, "setup": None}
         run.begin()
         for line in idle_flags(args, given):
@@ -1456,7 +1456,7 @@ def report(world, run, state, title, reports):
 
 def draw_figure(world, result, path):
     """Left: distances, clusters, trust. Right: accuracy by round."""
-    title = f"ELSA on {Path(result['dataset']).name}, seed {world.args.seed}"
+    title = f"ELSA on {data.short_name(result['dataset'])}, seed {world.args.seed}"
     with common.figure(path, title, (10.5, 4.4), nrows=1, ncols=2) as (_, (left, right)):
         draw_distances(left, result, world.poisoned)
         colours = [common.GREY, common.AMBER, common.ORANGE, common.PINK, common.SKY, common.BLUE]

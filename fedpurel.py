@@ -1141,7 +1141,7 @@ def resolve(args):
 def main(argv=None):
     """The command: every method of --method in turn, each resumable, then the report."""
     args = resolve(build_parser().parse_args(argv))
-    title = "fedpurel-" + Path(args.dataset.removeprefix("folder:")).name
+    title = f"fedpurel-{data.short_name(args.dataset)}"
     with common.Run(args, title) as run:
         if run.world > 1 and args.recipe == "official":
             raise common.UserError(
@@ -1198,7 +1198,7 @@ def draw_figure(world, results, path):
     shown = [m for m in ("zeroshot", "fedavg", "fedpurel") if m in results] or list(results)[:3]
     order = torch.argsort(world.class_counts.cpu(), descending=True, stable=True)
     window = max(len(order) // 10, 1)  # thin: each class; thick: the mean over so many neighbours
-    name = Path(world.args.dataset.removeprefix("folder:")).name
+    name = data.short_name(world.args.dataset)
     title = f"FedPuReL on {name}, {world.args.peft}, seed {world.args.seed}"
     with common.figure(path, title, (12, 4.2), ncols=2, width_ratios=(1.5, 1)) as (_, axes):
         left, right = axes

@@ -102,7 +102,6 @@ import shutil
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -958,7 +957,7 @@ def build_task(args, run, dataset, stage):
 def main(argv=None, read=read_arguments, title="pro_vpt", parts=PARTS):
     """The command: every job in turn, each resumable at any epoch, then the report."""
     args = read(argv)
-    name = args.suite or Path(args.dataset.removeprefix("folder:")).name
+    name = args.suite or data.short_name(args.dataset)
     with common.Run(args, f"{title}-{name}") as run:
         state = run.load() or {"done": {}, "current": None, "key": None}
         run.begin()
@@ -1061,7 +1060,7 @@ def draw_figure(args, found, dataset, path, parts):
     scale = {"aspect": "auto", "vmin": 0,
              "vmax": max(*(c.max() for c in counts), max(truth or [1]), 1)}
     widths = [3] * len(moving) + ([.35] if truth else []) + [2.6]
-    name = dataset.rpartition(":")[2].rpartition("/")[2]
+    name = data.short_name(dataset)
     with common.figure(path, f"PRO-VPT on {name}, seed {args.seed}", (3.6 * len(moving) + 5, 3.8),
                        ncols=len(widths), width_ratios=widths) as (figure, axes):
         for axis, method, c in zip(axes, moving, counts, strict=False):

@@ -242,7 +242,7 @@ def report_curve(world, run, state, result):
 
 def draw_curve(world, result, path):
     """Accuracy by bytes, a line for each kind of channel, as curve.png beside `path`."""
-    title = f"ELSA on {Path(result['dataset']).name}, seed {world.args.seed}"
+    title = f"ELSA on {elsa.data.short_name(result['dataset'])}, seed {world.args.seed}"
     with common.figure(path.with_name("curve.png"), title, (6, 4.4), nrows=1, ncols=1) as (_, axis):
         for kind, colour, mark in (
                 ("none", "#000000", "s"), ("sketch, median", common.ORANGE, "o"),

@@ -80,7 +80,8 @@ def meta_split(name, args):
     if name.lower() in CONFIGS:
         config = AutoConfig.for_model(**CONFIGS[name.lower()])
     else:
-        config, *_ = data.text_config(name, args.data_dir / "weights")
+        with data.hub_if_reachable(name) as why:
+            config, _ = data.text_config(name, args.data_dir / "weights", why)
     encoder = data.meta_model(name, config)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
