@@ -2876,8 +2876,8 @@ class OwnProblem(Problem):
                 moved = (self.evaluate(y.flatten(0, 1)).unflatten(0, (len(dead), 4))
                          != self.probe[:4]).flatten(1).any(1)
             stepped = [j for j, m in zip(dead, moved.tolist(), strict=True) if m]
-        remedy = ("its values change without one (rounding, integers, argmax, detach?), so training "
-                  "cannot follow; round straight through: x + (x.round() - x).detach()")
+        remedy = ("its values change without one (rounding, integers, argmax, detach?), and "
+                  "training cannot follow; round straight through: x + (x.round() - x).detach()")
         if len(dead) == self.n_var:
             self._refuse(f"the gradient of {self.name} is 0 in all its variables: "
                          + (remedy if stepped else "its values do not change with x"))
