@@ -2516,7 +2516,7 @@ def test_without_a_network_the_hub_is_asked_once_and_the_copy_taken(tmp_path, mo
             raise ConnectionError("nobody there")
     monkeypatch.setattr(huggingface_hub.utils, "get_session", Silent)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(UserError, match="does not answer .ConnectionError: nobody") as stop:
+    with pytest.raises(UserError, match=r"does not answer .ConnectionError: nobody") as stop:
         data.text_encoder("me/tiny", 8, 0.0, tmp_path)
     assert len(asked) == 1 and "\n" not in str(stop.value)
     copy = tmp_path / "models--me--tiny"  # as the hub's own client keeps it
