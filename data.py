@@ -1065,7 +1065,7 @@ def _pretrain_text_model(name, model, ids, mask, config, seed, progress):
     words = F.one_hot(ids, end + 1).sum(1).clamp(max=1).float()  # (N, vocabulary)
     words[:, [0, start, end]] = 0
     model.train()
-    for _ in progress(range(config.steps), f"pre-training a {name.replace('-b', ' B')}"):
+    for _ in progress(range(config.steps), f"pre-training a {name} model"):
         here = torch.randint(len(ids), (config.batch,), generator=generator)
         x, m = ids[here], mask[here]
         if name == "tiny-bert":
@@ -1195,29 +1195,28 @@ def meta_model(model, config):
 
 
 def _text_reader(model, encoder, tokenizer, max_length, changes):
-    """encode, encode.said and encode.seen (what was counted) of text_encoder."""
+    """encode, encode.said and encode.seen (what was counted) of text_encoder.
+
+    changes: what was done to the model, for encode.said.
+    """
     from elsa import SplitEncoder
 
     causal = SplitEncoder.find_layout(encoder)["causal"]
-    words = len(encoder.get_input_embeddings().weight)
-    limit = min(max_length, getattr(encoder.config, "max_position_embeddings", max_length))
-    for name, part in encoder.named_modules():  # RoBERTa's kin count from the padding's id on
-        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
-            limit = min(limit, part.num_embeddings - part.padding_idx - 1)
+    limit, rows = _most_tokens(encoder, max_length), len(encoder.get_input_embeddings().weight)
     if tokenizer.padding_side != "right":
         tokenizer.padding_side = "right"  # or [CLS] would not come first
-        changes.append("padding moved to the right")
+        changes = [*changes, "padding moved to the right"]
     if tokenizer.pad_token is None:  # any will do: padding is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token or \
             tokenizer.convert_ids_to_tokens(0)
-        changes.append(f"{tokenizer.pad_token} pads")
+        changes = [*changes, f"{tokenizer.pad_token} pads"]
     if causal and encoder.config.pad_token_id is None:
         encoder.config.pad_token_id = tokenizer.pad_token_id
     first = {tokenizer.cls_token_id, tokenizer.bos_token_id} - {None}
     special = tokenizer.num_special_tokens_to_add()
     unknown = tokenizer.unk_token_id
-    if unknown in {*first, tokenizer.eos_token_id, tokenizer.sep_token_id}:
-        unknown = None  # GPT-2 has one token for all these, and knows all words
+    if unknown is None or unknown in {*first, tokenizer.eos_token_id, tokenizer.sep_token_id}:
+        unknown = -1  # GPT-2 has one token for all these, and knows all words
     seen = Counter()
 
     def encode(texts):
@@ -1227,21 +1226,21 @@ def _text_reader(model, encoder, tokenizer, max_length, changes):
         if not ids.numel():
             raise UserError(f"--model {model}: its tokenizer makes no tokens of any text; are its "
                             "files there?")
-        if ids.max() >= words:
+        if ids.max() >= rows:
             raise UserError(f"--model {model}: its tokenizer has a token {ids.max()}, its "
-                            f"embeddings end at {words - 1}: they do not belong together")
+                            f"embeddings end at {rows - 1}: they do not belong together")
         if not causal and not set(ids[:, 0].tolist()) <= first:
             raise UserError(f"--model {model}: its tokenizer puts no [CLS] before a text, and that "
                             "is the token whose state is read; its tokenizer.json needs a "
                             "post_processor that adds it")
         length = mask.sum(1)
-        full = [texts[i] for i in (length == limit).nonzero()[:, 0]]
+        full = [texts[i] for i in (length == limit).nonzero()[:, 0]]  # and perhaps cut
         longer = tokenizer(full, truncation=True, max_length=limit + 1)["input_ids"] if full else []
         empty = int((length <= special).sum())
         mask[:, 0] = 1  # a text without any token is read from its padding
-        strange = 0 if unknown is None else int(((ids == unknown) & (mask > 0)).sum())
         seen.update(texts=len(ids), cut=sum(len(t) > limit for t in longer),
-                    words=int(length.sum()) - special * len(ids) + empty, unknown=strange + empty)
+                    words=int(length.sum()) - special * len(ids) + empty,
+                    unknown=int(((ids == unknown) & (mask > 0)).sum()) + empty)
         return ids, mask
 
     def said():
@@ -1257,6 +1256,15 @@ def _text_reader(model, encoder, tokenizer, max_length, changes):
 
     encode.said, encode.seen = said, seen
     return encode
+
+
+def _most_tokens(encoder, max_length):
+    """How many tokens of a text are taken: max_length, or as many as there are positions."""
+    limit = min(max_length, getattr(encoder.config, "max_position_embeddings", max_length))
+    for name, part in encoder.named_modules():  # RoBERTa's kin count from the padding's id on
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            limit = min(limit, part.num_embeddings - part.padding_idx - 1)
+    return limit
 
 
 def _encoder_said(encoder, *more):

@@ -124,7 +124,7 @@ SMALL = {"model": "tiny", "method": "fedavg,elsa", "rounds": 4, "lr": 3e-3, "bat
          "poison": "label-flip:2,random:1", "threads": 1, "ssop_rank": 16, "warmup_steps": 26}
 
 # ================================================================================================
-# Model: a BERT-type classifier in three parts, and what crosses the link between them
+# Model: a language model as a classifier in three parts, and what crosses the link between them
 # ================================================================================================
 
 
@@ -164,6 +164,8 @@ class SplitEncoder(nn.Module):
 
     def __init__(self, encoder, num_classes, dropout=0.0):
         super().__init__()
+        if hasattr(encoder, "get_base_model"):  # peft's wrapper; its LoRA stays inside
+            encoder = encoder.get_base_model()
         self.encoder, self.dropout = encoder, nn.Dropout(dropout)
         self.layout = self.find_layout(encoder)
         self.layers = len(self.stack())
@@ -173,7 +175,7 @@ class SplitEncoder(nn.Module):
 
     @classmethod
     def find_layout(cls, encoder):
-        """The row of LAYOUTS that a model is built by -> dict column -> attribute, or None."""
+        """The row of LAYOUTS by which a model is built -> dict column -> attribute; ValueError."""
         known = [name for name, _ in encoder.named_modules()]
         for row in cls.LAYOUTS:
             row = dict(zip(cls.COLUMNS, row, strict=True))

@@ -572,6 +572,22 @@ def test_lora_reaches_the_projections_of_the_table():
     assert named == {"q_proj", "v_proj"}
 
 
+def test_pefts_own_wrapper_is_taken_off():
+    """get_peft_model instead of inject_adapter_in_model: the same states, LoRA stays inside."""
+    model = language_model("Llama", lora=False)
+    ids, mask, _ = texts(True)
+    wrapped = peft.get_peft_model(model.encoder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    split = elsa.SplitEncoder(wrapped, 3)
+    split.head = model.head
+    assert sum("lora_" in n for n, _ in split.named_parameters()) == 8
+    torch.testing.assert_close(split(ids, mask, (1, 3)), unsplit_decoder(wrapped, model, ids, mask))
+
+
+def unsplit_decoder(encoder, model, ids, mask):
+    states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return model.head(states[torch.arange(len(ids)), mask.sum(1) - 1])
+
+
 def test_what_cannot_be_cut_is_refused_with_what_can():
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1,
                                    num_heads=2)
@@ -1531,6 +1547,21 @@ def test_a_decoder_runs_through_every_method(small, tmp_path, capsys, kind):
     once = {d: found[d]["once"] for d in found}
     assert 2 * once["bfloat16"]["probe states up"] == once["float32"]["probe states up"]
     assert np.array(found["bfloat16"]["distance"]).max() > 0
+
+
+def test_a_run_does_not_go_on_with_another_encoder(small, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(small / "model", folder)
+    words = arguments(small, "--model", folder, "--rounds", 1, "--out-dir", tmp_path / "out")
+    elsa.main(words)
+    assert result(tmp_path / "out")["sources"]["encoder"].startswith("BertModel of ")
+    weights = BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        weights.encoder.layer[2].output.dense.bias[0] += .1
+    weights.save_pretrained(folder)
+    capsys.readouterr()
+    assert exit_code(elsa.main, [*words, "--resume"]) == 2
+    assert "the encoder of this run were others" in capsys.readouterr().err
 
 
 def test_another_architecture_is_refused(small, tmp_path, capsys):
