@@ -569,7 +569,7 @@ def test_a_row_without_one_of_its_imports_fails():
 MAKERS = [(r, m) for r in ROWS for m in MODULES.get(r.names[0], [])]
 
 
-@pytest.mark.parametrize("row, make", MAKERS, ids=str)
+@pytest.mark.parametrize("row, make", MAKERS, ids=[str(r) for r, _ in MAKERS])
 def test_a_module_is_copied_saved_and_moved(row, make):
     pasted = paste(row)
     module, call = make(pasted, torch.float32)
