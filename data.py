@@ -1263,7 +1263,7 @@ def _most_tokens(encoder, max_length):
     limit = min(max_length, getattr(encoder.config, "max_position_embeddings", max_length))
     for name, part in encoder.named_modules():  # RoBERTa's kin count from the padding's id on
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
-            limit = min(limit, part.num_embeddings - part.padding_idx - 1)
+            limit = min(limit, len(part.weight) - part.padding_idx - 1)
     return limit
 
 

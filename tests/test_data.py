@@ -2397,6 +2397,7 @@ def test_weights_of_a_head_are_left_out_and_counted(tmp_path):
     ("Bert", {"is_decoder": True}, "is a BertModel, which does more"),
     ("RobertaPreLayerNorm", {}, "is a RobertaPreLayerNormModel, which does more"),
     ("RoFormer", {"embedding_size": 16}, "is a RoFormerModel, and no batch passes"),
+    ("IBert", {}, "is a IBertModel, and no batch passes"),
     ("MPNet", {}, "is a MPNetModel; models that can be cut are BERT-type"),
     ("Granite", {"embedding_multiplier": 3.0, "num_key_value_heads": 1}, "is a GraniteModel, wh"),
     ("Albert", {"embedding_size": 8}, "is a AlbertModel; models that can be cut are")])
