@@ -457,7 +457,7 @@ def at_least_float32(x):
 
     What the functions below return has their input's dtype again.
     """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def entropy(probabilities):
@@ -466,7 +466,8 @@ def entropy(probabilities):
     Fits: any floating dtype (computed in at least float32) and device.
     """
     p = at_least_float32(probabilities)
-    return -(p * p.clamp_min(1e-12).log()).sum(-1).to(probabilities.dtype)
+    found = -(p * p.clamp_min(1e-12).log()).sum(-1)
+    return found if p is probabilities else found.to(probabilities.dtype)
 
 
 def target_entropy(zero_shot_logits, tuned_logits):
