@@ -21,7 +21,6 @@ Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE (TABLE)
 Each section can be read alone.
 """
 import codecs
-import collections
 import contextlib
 import csv
 import difflib
@@ -1539,7 +1538,7 @@ def _visible(folder, left):
 
 def _folders(folder, ours=()):
     """The visible folders in a folder, without `ours`, which are written by runs."""
-    entries = _visible(folder, collections.Counter())
+    entries = _visible(folder, Counter())
     lost = [printable(str(p)) for p in entries if p.is_symlink() and not p.exists()]
     if lost:
         raise UserError(f"{', '.join(lost[:10])}: a link to what does not exist")
@@ -1635,7 +1634,7 @@ def _same_classes(names, others):
 def class_captions(folders):
     """Class names for captions: words, without - and _, unless two classes would become one."""
     words = [readable(printable(f).replace("-", " ")) for f in folders]
-    times = collections.Counter(words)
+    times = Counter(words)
     return [w if w and times[w] == 1 else printable(f)
             for w, f in zip(words, folders, strict=True)]
 
@@ -1660,7 +1659,7 @@ def _folder_set(path, data_dir, progress, validation=False):
         others = [*others, parts.pop("val")]
     parts = {p: _inside(parts[p]) for p in ("all", "train", "val", "test") if p in parts}
     main, *rest = parts
-    left = {part: collections.Counter() for part in parts}
+    left = {part: Counter() for part in parts}
     trees = {part: _class_folders(folder, left[part], ours) for part, folder in parts.items()}
     classes, images, labels = sorted(trees[main]), {}, {}
     for part in parts:
@@ -4252,7 +4251,7 @@ class OwnProblem(Problem):
         bad = ~torch.isfinite(f.detach()).all(-1) & torch.isfinite(points.detach()).all(-1)
         if bad.any():
             raise UserError(f"problem {self.name} is not finite (NaN or infinity) at x = "
-                            f"{_shown(points[bad][0])}; narrow lower and upper, or clamp what goes "
+                            f"{_point(points[bad][0])}; narrow lower and upper, or clamp what goes "
                             "into a root, a log or a division. The last checkpoint is intact", 3)
         return f.reshape(*x.shape[:-1], self.n_obj)
 
@@ -4269,7 +4268,7 @@ class OwnProblem(Problem):
             bad = ~torch.isfinite(values.detach()).flatten(1).all(-1)
             if bad.any():
                 self._refuse(f"{what} (NaN or infinity) at {int(bad.sum())} of {count} random "
-                             f"points of its box, e.g. x = {_shown(x[bad][0])}; {remedy}")
+                             f"points of its box, e.g. x = {_point(x[bad][0])}; {remedy}")
         finite(f, "expected finite values; it is not finite", "narrow lower and upper, or clamp "
                "what goes into a root, a log or a division")
         if not f.requires_grad:
@@ -4418,7 +4417,7 @@ class OwnProblem(Problem):
         return ""
 
 
-def _shown(x):
+def _point(x):
     return "[" + ", ".join(f"{v:.4g}" for v in x[:12].tolist()) + (", ...]" if len(x) > 12 else "]")
 
 

@@ -139,9 +139,9 @@ class SplitEncoder(nn.Module):
 
     The parts call the encoder's own blocks in the encoder's own order on tensors that are not
     copied, so loss, logits and all gradients are those of the unsplit model bit for bit, and
-    dropout draws the same masks from torch's generator in the same order. Whether a model does
-    nothing else on the way is known by comparing (data.py does when it loads one): RoBERTa with
-    LayerNorm first, for instance, looks like a BERT and is none.
+    dropout draws the same masks from torch's generator in the same order.
+    Fits: any floating dtype and device. Models that do more on the way only look alike (RoBERTa
+    with LayerNorm first): compare last_states(*part1(ids, mask, 0), 0) with the model's own once.
     """
 
     # UNSPECIFIED 10: the method as far as it could be read has a BERT; that models of other builds
@@ -1290,7 +1290,7 @@ def build_federation(args, run, channels=CHANNELS):
         encoder, encode = data.load_encoder(args.model, args.max_length, args.dropout,
                                             args.data_dir, args.seed, run.progress,
                                             getattr(torch, args.dtype), texts.train)
-    check_channel(args, run, encoder.config.hidden_size)
+    check_channel(args, encoder.config.hidden_size, run.warn)
     model = SplitEncoder(encoder, len(texts.class_names), args.dropout)
     common.seed_torch(args.seed, "init", "lora")
     put_lora(model, args.rank, args.lora_alpha)
@@ -1299,14 +1299,14 @@ def build_federation(args, run, channels=CHANNELS):
     return world
 
 
-def check_channel(args, run, width):
+def check_channel(args, width, warn):
     """What SS-OP and the sketch want of states of this width; UserError if they have it not."""
     split = runs(args, *SPLIT)
     if split and args.ssop != "none" and args.ssop_rank > width:
         if args.ssop_rank != REAL["ssop_rank"]:
             raise common.UserError(f"--ssop-rank {args.ssop_rank}: the states have {width} "
                                    "dimensions")
-        run.warn(f"--ssop-rank is {width} here: the states have no more dimensions")
+        warn(f"--ssop-rank is {width} here: the states have no more dimensions")
         args.ssop_rank = width
     if split and args.channel == "sketch" and args.sketch != "none" and \
             int(args.ratio * width / args.sketch_rows) < 1:

@@ -142,7 +142,8 @@ def plan(args):
     common.fill_in(args, elsa.REAL)
     elsa_channels.settle(args)
     model = meta_split(args.config, args)
-    elsa.check_channel(args, model.encoder.config.hidden_size)
+    elsa.check_channel(args, model.encoder.config.hidden_size,
+                       lambda text: print(f"note: {text}", file=sys.stderr))
     layers, name = model.layers, Path(args.config).name
     # As --split auto shares blocks, from one of them at home to all but one
     cuts = [elsa.choose_cut(layers, 0, 1, n, 1, layers) for n in range(1, max(layers, 2))]

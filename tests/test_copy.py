@@ -252,7 +252,7 @@ def use_link(p, dtype):
     gradient, = torch.autograd.grad(y.sum(), x)
     assert y.equal(3 * x / 4) and gradient.eq(1.5).all()
     assert [link.sent[name] for name in p.EXCHANGES[:3]] == [24.0] * 3
-    assert link.sent["gradients down"] in (48 * 4, 48 * x.element_size())
+    assert link.sent["gradients down"] == 48 * x.element_size()
     return y.detach(), gradient
 
 
@@ -260,7 +260,8 @@ def use_fingerprint(p, dtype):
     states = [number(9, 6, seed=k, dtype=dtype) for k in range(2)]
     basis = p.principal_directions(torch.cat(states), 3)
     prints = [p.gaussian_fingerprint(s, basis) for s in states]
-    assert basis.dtype == dtype and prints[0][1].dtype == torch.float64
+    assert basis.dtype == torch.promote_types(dtype, torch.float32)
+    assert prints[0][1].dtype == torch.float64
     distance = p.symmetric_kl(*prints)
     assert distance > 0 and p.symmetric_kl(prints[0], prints[0]).abs() < 1e-9
     return distance,

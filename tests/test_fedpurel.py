@@ -1044,6 +1044,8 @@ def test_names_that_a_published_set_has_twice_are_said(tmp_path, monkeypatch, ca
     monkeypatch.setattr(data, "load_images", published)
     words = run_with(tmp_path, small_clip(tmp_path / "clip")[0], "--peft", "adapter")
     words[words.index("--dataset") + 1] = "imagenet-lt"
+    place = words.index("--imbalance")
+    del words[place:place + 2]
     fedpurel.main([*words, "--no-augment"])
     assert ("note: one text to the tokenizer of --model: the classes 'missile' (0) and 'missile' "
             "(1)\n") in capsys.readouterr().err

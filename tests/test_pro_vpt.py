@@ -1233,7 +1233,7 @@ def test_bad_input_is_one_line(cache, planted_task, tmp_path, monkeypatch, capsy
     if "vtab-dmlab" in flags or "fgvc-cub" in flags or "folder:/nowhere" in flags:
         folder += ["--model", save_vit(tmp_path / "vit")] if "tiny" not in flags else []
     code = exit_code(pro_vpt.main, [*folder, "--seed", "3", *flags, *out])
-    err = capsys.readouterr().err.splitlines()
+    err = capsys.readouterr().err
     assert code == (3 if "finite" in words else 2), err
     (err,) = complaints(err)
     assert words in err and err.startswith("error: ")
