@@ -611,7 +611,9 @@ def resolve(args):
 
 def main(argv=None):
     """The command: every method of --method in turn, each resumable, then the report."""
-    args = resolve(build_parser().parse_args(argv))
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given, args = common.given(parser, args), resolve(args)
     problems = data.get_problems(args.problems, args.data_dir, args.seed, args.shift)
     methods = args.method.split(",")
     if len({p.n_obj for p in problems}) > 1 and "copsl" in methods:
@@ -630,6 +632,17 @@ def main(argv=None):
                     run.warn(f"--eval-points {args.eval_points}: {len(test)} of {m} objectives are "
                              "spread evenly")
         run.begin()
+        if len(methods) < len(args.method.split(",")):
+            run.warn("copsl is left out: its shared layer reads one preference for all tasks, and "
+                     "these differ in their numbers of objectives")
+        common.tell_idle(
+            run, given, (args.recipe == "copsl", {"lr", "tower_lr", "mu"},
+                         "--recipe copsl has CoPSL's own rate and loss"),
+            (not set(methods) & {"psl", "copsl"}, {"tower_lr", "tower_width"},
+             f"--method {args.method} has no towers"),
+            (set(methods) <= {"psl", "copsl"}, {"lr", "width", "layers", "heads"},
+             f"--method {args.method} has no Transformer"),
+            (not set(args.problems) & set(data.MTMO), {"shift"}, "no task is of mtmo"))
         for method in methods:
             if method in state["done"]:
                 continue

@@ -171,6 +171,23 @@ def fill_in(args, preset):
             setattr(args, name, value)
 
 
+def given(parser, args):
+    """The names of the flags that a command sets to something else than their defaults."""
+    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+
+
+def tell_idle(run, given, *reasons):
+    """A note on each of the flags that a user has set and that change nothing in this run.
+
+    given: as `given` returns them; reasons: (whether it holds, names of flags, why, in words).
+    """
+    for idle, flags, why in reasons:
+        if idle and flags & given:
+            names = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(flags & given))
+            run.warn(f"without effect: {names}; {why}")
+            given = given - flags
+
+
 # ------------------------------------------------------------------------------------------------
 # Seeds
 # ------------------------------------------------------------------------------------------------

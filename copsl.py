@@ -567,7 +567,9 @@ def load_problems(args):
 
 def main(argv=None):
     """The command: every method of --method in turn, each resumable, then the report."""
-    args = resolve(build_parser().parse_args(argv))
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given, args = common.given(parser, args), resolve(args)
     problems = load_problems(args)
     with common.Run(args, "copsl") as run:
         seeds = run.share_seeds(args.seed, args.seeds)
@@ -579,6 +581,11 @@ def main(argv=None):
             run.warn(f"--eval-points {args.eval_points}: {len(world.test)} of {world.n_obj} "
                      "objectives are spread evenly")
         run.begin()
+        loss = world.recipe["loss"]
+        common.tell_idle(
+            run, given, (loss != "cosmos", {"gamma"}, f"--loss {loss} has no angle term"),
+            (loss not in ("stch", "smtch"), {"mu"}, f"--loss {loss} is not smooth"),
+            ("copsl-gradnorm" not in args.method, {"alpha"}, "there is no GradNorm in --method"))
         for method in args.method.split(","):
             if method in state["done"]:
                 continue

@@ -1199,14 +1199,6 @@ def add_method_flags(add, channels):
         "median)")
 
 
-def parse(argv=None, doc=__doc__, channels=CHANNELS, flags=()):
-    """The settings of a command, and the names of those that it gives."""
-    parser = build_parser(doc, channels, flags)
-    args = parser.parse_args(argv)
-    unset = type(args)(**dict.fromkeys(vars(args)))  # what is not given stays None
-    return args, {k for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
-
-
 def resolve(args, small=SMALL, settle=None):
     """Fill in the defaults that depend on the data set; refuse what does not go together."""
     topics = args.dataset in ("topics", "topics-same")
@@ -1235,15 +1227,12 @@ def runs(args, *methods):
     return any(m in methods for m in args.method.split(","))
 
 
-def idle_flags(args, given):
-    """Which of the flags that a user gave change nothing in this run -> a line for each reason.
-
-    given: their names, as in args.
-    """
+def idle_flags(args):
+    """Which flags change nothing in this run, for common.tell_idle."""
     sketch = {"ratio", "sketch_rows", "recovery"}
     grouping = {"no_trust", "no_cluster", "trust_factor", "capacity", "tau_max", "edge_lambda",
                 "neighbours", "fingerprint_rank"}
-    reasons = [
+    return [
         (not runs(args, *SPLIT), {"split", "ssop", "ssop_rank", "channel", "sketch"} | sketch,
          f"--method {args.method} sends no states"),
         (args.channel == "none", {"sketch"} | sketch, "--channel none sends all as it is"),
@@ -1266,13 +1255,6 @@ def idle_flags(args, given):
         (args.model == "tiny", {"max_length"}, "--model tiny reads sentences whole"),
         (args.probes is not None, {"num_probes"}, "--probes names the probes"),
         (args.dataset.startswith("topics"), {"num_probes"}, "topics has probes of its own")]
-    found = []
-    for idle, flags, why in reasons:
-        if idle and flags & given:
-            names = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(flags & given))
-            found.append(f"without effect: {names}; {why}")
-            given = given - flags
-    return found
 
 
 def build_federation(args, run, channels=CHANNELS):
@@ -1393,13 +1375,13 @@ def main(argv=None, doc=__doc__, title="elsa", small=SMALL, channels=CHANNELS, f
     reports: functions(world, run, state, result) that print and put more into `result`; what they
     return, if anything, is a function(world, result, path of figure.png) that draws one more.
     """
-    args, given = parse(argv, doc, channels, flags)
-    args = resolve(args, small, settle)
+    parser = build_parser(doc, channels, flags)
+    args = parser.parse_args(argv)
+    given, args = common.given(parser, args), resolve(args, small, settle)
     with common.Run(args, f"{title}-{data.short_name(args.dataset)}") as run:
         state = run.load() or {"done": {}, "trained": {}, "current": None, "setup": None}
         run.begin()
-        for line in idle_flags(args, given):
-            run.warn(line)
+        common.tell_idle(run, given, *idle_flags(args))
         keep_sources(run, [main, *channels.values(), *reports])
         world = build_federation(args, run, channels)
         if state["setup"] is None:

@@ -1139,9 +1139,30 @@ def resolve(args):
     return args
 
 
+def idle_flags(args):
+    """Which flags change nothing in this run, for common.tell_idle."""
+    methods = args.method.split(",")
+    official = args.recipe == "official" and args.peft == "adapter"
+    return [
+        ("fedpurel" not in methods, {"align", "strength", "no_residual", "lam", "private_lr"},
+         f"--method {args.method} has no purification and no private parameters"),
+        ("fedprox" not in methods, {"prox_mu"}, "--method fedprox is not asked for"),
+        (official, {"lam"}, "the official recipe trains an adapter by the fused term alone"),
+        (official and args.align != "none", {"align"}, "the official recipe has its own for an "
+         "adapter"),
+        (args.align == "none", {"strength"}, "--align none purifies nothing"),
+        (args.no_residual, {"lam"}, "--no-residual has no sum of logits"),
+        (args.peft != "prompt", {"n_ctx"}, f"--peft {args.peft} has no context"),
+        (args.peft != "lora", {"rank", "lora_dropout"}, f"--peft {args.peft} has no LoRA"),
+        (args.model != "tiny" or not args.dataset.startswith("folder:"), {"pretrain_share"},
+         "no model is pre-trained on the folder")]
+
+
 def main(argv=None):
     """The command: every method of --method in turn, each resumable, then the report."""
-    args = resolve(build_parser().parse_args(argv))
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    given, args = common.given(parser, args), resolve(args)
     title = f"fedpurel-{data.short_name(args.dataset)}"
     with common.Run(args, title) as run:
         if run.world > 1 and args.recipe == "official":
@@ -1149,6 +1170,7 @@ def main(argv=None):
                 "--recipe official carries momentum from client to client: run it in one process")
         state = run.load() or {"done": {}, "trained": {}, "current": None}
         run.begin()
+        common.tell_idle(run, given, *idle_flags(args))
         world = build_federation(args, run)
         for method in args.method.split(","):
             if method in state["done"]:

@@ -862,6 +862,10 @@ def build_parser(doc=__doc__, parts=PARTS):
 def resolve(args, small_world=SMALL, parts=PARTS):
     """Fill in defaults that depend on data set and model; refuse what does not go together."""
     small = args.dataset == "planted" and not args.suite
+    if args.truth and not small:
+        raise common.UserError("--truth goes with --dataset planted: no other truth is known")
+    if args.search and args.lr is not None:
+        raise common.UserError("--search chooses the rate: give --grid-lr instead of --lr")
     common.fill_in(args, small_world if small else PAPER)
     common.fill_in(args, {"truth": ",".join(map(str, data.PLANTED_TRUTHS[0]))})
     if (args.model == "tiny") != small:
@@ -877,7 +881,7 @@ def resolve(args, small_world=SMALL, parts=PARTS):
     truth = numbers_in(args.truth, "--truth", int)
     if len(truth) != 6 or not sum(truth):
         raise common.UserError(f"--truth {args.truth!r}: expected 6 whole numbers, not all 0")
-    args.truth = args.truth if small else None
+    args.truth = args.truth if small else None  # in no other run's settings
     numbers_in(args.grid_wd, "--grid-wd")
     if 0 in numbers_in(args.grid_lr, "--grid-lr"):
         raise common.UserError("--grid-lr: a rate of 0 learns nothing")

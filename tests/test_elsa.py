@@ -1375,15 +1375,19 @@ IDLE = [
     (["--max-length", "32", "--num-probes", "12"], "--max-length; --model tiny",
      "--num-probes; topics"),
     (["--probes", "p.txt", "--num-probes", "12"], "--num-probes; --probes"),
-    (["--channel=none", "--ratio=.5"], "--ratio; --channel none"),  # also where it is the default
+    (["--channel=none", "--ratio=.25"], "--ratio; --channel none"),
     (["--edges", "2", "--cloud-every", "1", "--ssop-rank", "8", "--sketch", "both"],)]
 
 
 @pytest.mark.parametrize("case", IDLE, ids=lambda case: " ".join(case[0]))
 def test_flags_that_change_nothing_are_said(case):
     flags, *lines = case
-    args, given = elsa.parse(flags)
-    found = elsa.idle_flags(elsa.resolve(args), given)
+    parser, found = elsa.build_parser(), []
+    args = parser.parse_args(flags)
+    given = common.given(parser, args)
+    reasons = elsa.idle_flags(elsa.resolve(args))
+    assert all(names <= set(vars(args)) for _, names, _ in reasons)
+    common.tell_idle(SimpleNamespace(warn=found.append), given, *reasons)
     assert len(found) == len(lines)
     for text, words in zip(found, lines, strict=True):
         assert text.startswith(f"without effect: {words}")

@@ -904,6 +904,24 @@ def test_a_long_tail_is_cut_out_of_the_training_part_only(order):
     assert len(kept.train) == 50
 
 
+@pytest.mark.parametrize("words, said", [
+    ("--strength .5 --lam .8", []), ("", []), ("--method fedavg --strength .5",
+                                               ["--strength; --method fedavg"]),
+    ("--recipe official --lam .5 --align kl", ["--lam; the official", "--align; the official"]),
+    ("--recipe official --peft prompt --lam .5", []), ("--recipe official --align none", []),
+    ("--n-ctx 8 --rank 4", ["--n-ctx; --peft adapter", "--rank; --peft adapter"]),
+    ("--no-residual --lam .5", ["--lam; --no-residual"])])
+def test_flags_that_change_nothing_are_said(words, said):
+    parser, found = fedpurel.build_parser(), []
+    args = parser.parse_args(words.split())
+    given = common.given(parser, args)
+    reasons = fedpurel.idle_flags(fedpurel.resolve(args))
+    assert all(names <= set(vars(args)) for _, names, _ in reasons)
+    common.tell_idle(SimpleNamespace(warn=found.append), given, *reasons)
+    assert len(found) == len(said) and all(
+        a.startswith(f"without effect: {b}") for a, b in zip(found, said, strict=True))
+
+
 # ================================================================================================
 # Runs with any open_clip model
 # ================================================================================================
