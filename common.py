@@ -220,6 +220,13 @@ def seed_torch(seed, *purpose):
 # ------------------------------------------------------------------------------------------------
 
 
+def user_path(text):
+    """A path as a user writes it: ~ is the home folder. UserError: an empty one."""
+    if not str(text).strip():
+        raise UserError("a path is empty; was a variable not set?")
+    return Path(os.path.expanduser(text))
+
+
 def printable(name):
     """A file name as text: bytes of it that are no UTF-8 are read as Windows' Latin-1."""
     try:
@@ -351,9 +358,9 @@ def add_run_arguments(parser):
     group.add_argument("--threads", type=number(int, low=1), default=None,
                        help="CPU threads for torch (default: 1 for the small offline models, "
                             "which are slower with more; torch's own choice otherwise)")
-    group.add_argument("--out-dir", type=Path, default=None,
+    group.add_argument("--out-dir", type=user_path, default=None,
                        help="where results go (default: the next free runs/<script>-<dataset>-N)")
-    group.add_argument("--data-dir", type=Path, default=Path("data"),
+    group.add_argument("--data-dir", type=user_path, default=Path("data"),
                        help="data sets, weights and caches (default ./%(default)s)")
     group.add_argument("--resume", action="store_true",
                        help="continue the run in --out-dir (without it: the newest one)")
@@ -464,6 +471,8 @@ class Run:
     def _prepare_folder(self):
         args = self.args
         folder = args.out_dir
+        if args.resume and args.overwrite:
+            raise UserError("--resume goes on with a run and --overwrite replaces it; give one")
         if folder is None:
             runs = Path("runs").iterdir() if Path("runs").is_dir() else []
             taken = {int(p.name.rpartition("-")[2]): p for p in runs
@@ -474,12 +483,17 @@ class Run:
             newest = max(taken, default=0)
             folder = taken[newest] if args.resume else Path("runs") / f"{self.title}-{newest + 1}"
         if args.resume:
-            if not (folder / "checkpoint.pt").exists() and not (folder / "config.json").exists():
+            if not (folder / "checkpoint.pt").exists() and not _is_run(folder):
                 raise UserError(f"--resume: {folder} holds no run of this script")
             return folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out-dir {folder} is a file; name a folder")
         ours = ["checkpoint.pt", "result.json", "log.jsonl"]
+        written = ["config.json", "figure.png", Path(sys.argv[0]).name]
+        strange = [name for name in written if (folder / name).is_file()]
+        if strange and not _is_run(folder):  # a model's config.json, say
+            raise UserError(f"{folder} holds {' and '.join(strange)}, which no run wrote and this "
+                            "one would write over; choose another --out-dir")
         if any((folder / name).exists() for name in ours):
             if not args.overwrite:
                 raise UserError(f"{folder} holds results already; add --resume to continue, "
@@ -649,6 +663,14 @@ class Run:
             self.warn(f"figure.png could not be drawn ({type(error).__name__}: "
                       f"{' '.join(str(error).split())[:200]}); all results are in result.json")
         print("RESULT " + " ".join(f"{k}={_short(v)}" for k, v in line.items()), flush=True)
+
+
+def _is_run(folder):
+    """Whether the config.json of a folder is one that `begin` wrote."""
+    try:
+        return "settings" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _short(value):

@@ -64,19 +64,17 @@ from common import (
     seed_for,
     seed_torch,
     torch_generator,
+    user_path,
 )
-
-
-def user_path(text):
-    """A path as a user writes it: ~ is the home folder."""
-    return Path(os.path.expanduser(text))
 
 
 def short_name(dataset):
     """What a run on a --dataset is called: its name, or the last part of its path."""
     kind, _, path = dataset.partition(":")
+    if kind not in ("csv", "folder"):
+        return dataset
     path = user_path(path).resolve()
-    return {"csv": path.stem, "folder": path.name}.get(kind, dataset)
+    return path.stem if kind == "csv" else path.name
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,7 +127,7 @@ def group_rule(text):
 
     UserError: anything else.
     """
-    numbers = [int(n) for n in text.split(",") if n.strip().isdigit()]
+    numbers = [int(n) for n in text.split(",") if n.strip().isdecimal()]
     if text != "thirds" and (len(text.split(",")) != 2 or len(numbers) != 2
                              or numbers[0] <= numbers[1]):
         raise UserError(f"--groups {text!r}: expected HIGH,LOW with HIGH > LOW, or thirds")
@@ -148,7 +146,7 @@ def long_tailed(images, imbalance, n_max, class_order, seed):
     if images.long_tailed or (
             imbalance is n_max is None and size.max() >= 10 * size.min()):
         return images
-    n_max = n_max or int(size.mean() if images.tail_order else size.max())
+    n_max = min(n_max or int(size.mean() if images.tail_order else size.max()), int(size.max()))
     tail = np.maximum(long_tail_counts(n_max, images.num_classes, imbalance or 100), 1)
     rank = np.argsort(images.tail_order or range(images.num_classes))  # 0: the most frequent class
     if class_order == "random":
@@ -762,6 +760,10 @@ def _check_first_row(path, rows, columns):
         raise UserError(f"{path}: column {label + 1}, read as labels, has {len(labels)} values in "
                         f"{len(rows)} rows, column {text + 1} has {others}; if those are labels, "
                         f"add --label-column {text + 1} --text-column {label + 1}")
+    if not header and head == [f"{j}" for j in range(len(head))] and not any(
+            c.strip().isdecimal() for *_, c in rows[1:]):
+        raise UserError(f"{path}: row 1, {','.join(head)!r}, looks like the header of a table "
+                        "without names of columns; take that line out")
     if not header and labels[rows[0][1]] == 1 < len(rows):
         raise UserError(f"{path}: row 1, {','.join(head)[:60]!r}, looks like a header: its label "
                         "occurs nowhere else. If it is one, name the columns by it: --label-column "
@@ -931,7 +933,8 @@ def _json_rows(path, text):
         raise UserError(f"{path}: expected JSON objects with a label and a text, one a line")
 
     def plain(value):
-        return str(value) if isinstance(value, (str, int, float)) else ""
+        known = isinstance(value, (str, int, float)) and value == value  # NaN is no value
+        return str(value) if known else ""
     return [(0, keys), *((i, [plain(row.get(k)) for k in keys]) for i, row in found)]
 
 
@@ -1335,11 +1338,12 @@ class ImageSet:
 class Images:
     """A sequence of RGB PIL images over an (N, H, W[, 3]) uint8 array or a list of files.
 
-    ranges: what is black and white in files of more than 8 bits, see read_image.
+    ranges: what is black and white in files of more than 8 bits, see read_image; digests: file ->
+    a hash of its bytes, where open_all has read them.
     """
 
-    def __init__(self, source, ranges=None):
-        self.source, self.ranges = source, ranges or {}
+    def __init__(self, source, ranges=None, digests=None):
+        self.source, self.ranges, self.digests = source, ranges or {}, digests or {}
 
     def __len__(self):
         return len(self.source)
@@ -1356,21 +1360,28 @@ class Images:
         """The images at `indices`, in that order."""
         if isinstance(self.source, np.ndarray):
             return Images(self.source[indices])
-        return Images([self.source[i] for i in indices], self.ranges)
+        return Images([self.source[i] for i in indices], self.ranges, self.digests)
 
     @staticmethod
     def concat(first, second):
         """`first` followed by `second` (both of one kind)."""
         if isinstance(first.source, np.ndarray):
             return Images(np.concatenate([first.source, second.source]))
-        return Images([*first.source, *second.source], first.ranges)
+        return Images([*first.source, *second.source], first.ranges,
+                      {**first.digests, **second.digests})
 
     def listing(self):
-        """What tells these images from others: the pixels, or the files' names and sizes."""
+        """What tells these images from others: the pixels, or the files' names and bytes."""
         if isinstance(self.source, np.ndarray):
             return self.source
         root = os.path.commonpath([Path(f).parent for f in self.source])
-        return [self.ranges, [(os.path.relpath(f, root), os.path.getsize(f)) for f in self.source]]
+        return [self.ranges, [(os.path.relpath(f, root), self.digests.get(f) or os.path.getsize(f))
+                              for f in self.source]]
+
+    def copies_of(self, other):
+        """How many of these files are in `other` too, byte by byte."""
+        there = {other.digests.get(f) for f in other.source} - {None, ""} if other.digests else ()
+        return sum(self.digests.get(f) in there for f in self.source) if there else 0
 
 
 PHOTO = "a photo of a {}."
@@ -1536,6 +1547,12 @@ def _visible(folder, left):
     return kept
 
 
+def _of_runs(folder):
+    """Whether a folder is a run's --out-dir, or holds some."""
+    return any((p / "config.json").exists() and (p / "log.jsonl").exists()
+               for p in (folder, *(q for q in folder.iterdir() if q.is_dir())))
+
+
 def _folders(folder, ours=()):
     """The visible folders in a folder, without `ours`, which are written by runs."""
     entries = _visible(folder, Counter())
@@ -1581,9 +1598,9 @@ def _find_parts(root, ours):
     deep = {p for p in folders if p not in others and _folders(p)}
     sure = "train" in claims and len(claims) > 1 and (deep or len(plain) > 1)
     if others and not sure:
-        if plain & deep:
+        if deep:
             raise UserError(
-                f"{printable(str(root))}: {min(plain & deep).name}/ holds class folders, and "
+                f"{printable(str(root))}: {min(deep).name}/ holds class folders, and "
                 f"beside it is {printable(others[0].name)}/: a class, or not? Expected "
                 "train/<class>/* and test/<class>/*, or <class>/* alone; move one of them away")
         return {"all": root}, []
@@ -1608,7 +1625,19 @@ def _inside(folder):
 def _class_folders(part, left, ours):
     """The class folders of one part of a tree: name -> files."""
     loose = sum(p.suffix.lower() in _suffixes() and not p.is_dir() for p in _visible(part, left))
-    classes = {p.name: _files_below(p, left) for p in _folders(part, ours)}
+    folders = _folders(part, ours)
+    classes = {p.name: _files_below(p, left) for p in folders}
+    below = [{q.name for q in _visible(p, Counter()) if q.is_dir()} for p in folders]
+    if len(folders) > 1 and all(below) and (
+            (len(below[0]) > 1 and all(names == below[0] for names in below))
+            or all(map(_split_part, set.union(*below)))):
+        raise UserError(
+            f"{printable(str(part))}: each class folder holds {', '.join(sorted(below[0])[:4])}/: "
+            "are these classes, parts, or other pictures of the same things? Expected "
+            "train/<class>/* and test/<class>/*")
+    inside = sum(map(len, below))
+    if inside and len(classes) > 1:
+        left.inside = f", {inside} folders below them read with their class"
     if len(classes) < 2:
         beside = f" and {loose} images outside of them" if loose else ""
         raise UserError(
@@ -1650,9 +1679,13 @@ def _folder_set(path, data_dir, progress, validation=False):
         raise UserError(
             f"folder:{shown}: there is no such folder; expected {shown}/train/<class>/*.jpg "
             f"and {shown}/test/<class>/*.jpg")
-    ours = {os.path.realpath(p) for p in (data_dir, data_dir / "cache", data_dir / "weights",
-                                          "runs")}
+    # What runs have written may lie among the classes: their results, and --data-dir
+    own = [p for p in _folders(path) if _of_runs(p) or os.path.realpath(p) in (
+        os.path.realpath(data_dir / "cache"), os.path.realpath(data_dir / "weights"))
+        or (os.path.realpath(p) == os.path.realpath(data_dir) and (p / "cache").is_dir())]
+    ours = {os.path.realpath(p) for p in own}
     parts, others = _find_parts(path, ours)
+    others = [*others, *own]
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
     elif "val" in parts and not validation:
@@ -1675,7 +1708,8 @@ def _folder_set(path, data_dir, progress, validation=False):
     for part, tree in trees.items():
         left[part].update(found[f].other for f in files[part] if found[f].other)
         held = [[f for f in mine if not found[f].other] for _, mine in tree]
-        images[part] = Images([f for mine in held for f in mine], ranges)
+        images[part] = Images([f for mine in held for f in mine], ranges,
+                              {f: x.digest for f, x in found.items()})
         labels[part] = np.repeat(np.arange(len(classes), dtype=np.int64), [len(x) for x in held])
         empty = [printable(str(folder)) for (folder, _), x in zip(tree, held, strict=True) if not x]
         if empty:
@@ -1703,6 +1737,8 @@ def _folder_set(path, data_dir, progress, validation=False):
         images["test"], labels["test"] = train.subset(late), label[late]
         images[main], labels[main] = train.subset(early), label[early]
         said.append(f"test: of these the last fifth of each class, {len(late)} files")
+        if copies := images["test"].copies_of(images[main]):
+            said.append(f"files of the test that are in training, too: {copies}")
     if others:
         said.append("left out: " + ", ".join(f"{printable(p.name)}/" for p in others))
     return ImageSet(
@@ -1713,8 +1749,9 @@ def _folder_set(path, data_dir, progress, validation=False):
 
 def _left_out(counter):
     """" (28 left out: 20 .heic that Pillow cannot read, 8 hidden)"; nothing where there are none"""
+    more = getattr(counter, "inside", "")
     found = [f"{n} {what}" for what, n in counter.most_common() if n]
-    return f" ({counter.total()} left out: {', '.join(found)})" if found else ""
+    return more + (f" ({counter.total()} left out: {', '.join(found)})" if found else "")
 
 
 LIST_FILE_HELP = {
@@ -1915,7 +1952,8 @@ def _suffixes():
 class Inspected(NamedTuple):
     """What a file is. broken: the reason, if it should be a picture; other: the kind of a file that
     is none; kind: of its pixels, "colour" for 16 bits of which Pillow keeps the upper 8, else as
-    _kind; low, high: their extremes where the kind is not "8 bits"; digest: of all bytes.
+    _kind; low, high: their extremes where the kind is not "8 bits"; digest: of all bytes; frames:
+    whether there are more than the one that is read.
     """
     broken: str = ""
     other: str = ""
@@ -1923,6 +1961,7 @@ class Inspected(NamedTuple):
     low: float = 0
     high: float = 0
     digest: str = ""
+    frames: bool = False
 
 
 def _inspect(path):
@@ -1948,10 +1987,12 @@ def _inspect(path):
             kind, extremes = _kind(image.mode), (0, 0)
             if kind != "8 bits" or colour:
                 kind = "colour" if kind == "8 bits" else kind
-                extremes = _extremes(np.asarray(image).astype(np.float64))
+                values = np.asarray(image.convert("RGB") if kind == "colour" else image)  # no alpha
+                extremes = _extremes(values.astype(np.float64))
             file.seek(0)
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-            return Inspected("", "", kind, *extremes, digest.hexdigest())
+            frames = getattr(image, "is_animated", False) and image.format != "MPO"
+            return Inspected("", "", kind, *extremes, digest.hexdigest(), frames)
     except Exception as error:  # as in read_image
         if start is not None and re.match(rb".{4}ftyp.*(hei[cmsx]|hev[cx])", start, re.DOTALL):
             return Inspected(other=".heic" + CANNOT)
@@ -2007,14 +2048,17 @@ def open_all(parts, data_dir, progress, advice, listed=False):
         if not deep:
             continue
         low, high = min(x.low for x in deep), max(x.high for x in deep)
-        if kind == "colour" and high < 64:
+        dark = sum(x.high < 64 for x in deep)
+        if kind == "colour" and 2 * dark > len(deep):
             raise UserError(
-                f"{len(deep)} files have 16 bits a colour and use 14 of them at most; Pillow keeps "
+                f"{dark} files have 16 bits a colour and use 14 of them at most; Pillow keeps "
                 "the upper 8, and they would be nearly black: save them with 8 bits")
         ranges[kind] = black, white = grey_range(kind, low, high)
         what = f"{int(white).bit_length()} bits a pixel" if kind == "whole" and low >= 0 else \
             "16 bits a colour" if kind == "colour" else f"values of {black:g} to {white:g}"
         notes.append(f"{len(deep)} with {what} scaled to 8 bits")
+    if frames := sum(x.frames for x in found.values()):
+        notes.append(f"{frames} of several frames or pages, of which the first is read")
     seen = {}
     for name, part in parts.items():
         if listed and len(set(part)) < len(part):
@@ -2032,8 +2076,9 @@ def open_listed(parts, data_dir, progress, advice="put what the lists name there
     lists = {k: p.source for k, p in parts.items() if not isinstance(p.source, np.ndarray)}
     if not lists:
         return list(parts.values()), ""
-    _, ranges, notes = open_all(lists, data_dir, progress, advice, listed=True)
-    return [Images(part.source, ranges) for part in parts.values()], notes
+    found, ranges, notes = open_all(lists, data_dir, progress, advice, listed=True)
+    digests = {f: x.digest for f, x in found.items()}
+    return [Images(part.source, ranges, digests) for part in parts.values()], notes
 
 
 class ImagePool(Dataset):
@@ -4464,7 +4509,8 @@ def _own_problem(spec):
         raise UserError(f"--problems {spec}: there is no file {OWN.fullmatch(spec)[1]}")
     path, name = file[0].resolve(), file[1]
     try:
-        with _beside(path.parent):
+        with _beside(path.parent), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a file that draws numbers draws the same in every run
             try:
                 return OwnProblem(spec, path, name)
             except FileNotFoundError:  # of a table that it reads: once more from where the file is

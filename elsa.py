@@ -772,7 +772,9 @@ def pick_cut(world, client):
         speed = float(world.network["flops"][client])
         deadline = layers / 2 * flops / 50e9  # what the median device needs for half the blocks
         return choose_cut(layers, fixed, block, memory, flops / speed, deadline)
-    return (1, layers - 1) if args.split is None else read_cut(args.split, layers)
+    if args.split is None:  # one block in front and one behind, where there are so many
+        return min(1, layers - 1), max(layers - 1, 1)
+    return read_cut(args.split, layers)
 
 
 def read_cut(text, layers):
@@ -1130,8 +1132,8 @@ def build_parser(doc=__doc__, channels=CHANNELS, flags=()):
         "usual name such as label or class; of two columns without header the first)")
     add("--text-column", str, None, "of a csv, likewise (default: a usual name such as text or "
         "review; the second)")
-    add("--test-file", Path, None, "a table like that of csv:PATH (default: a drawn fifth of each "
-        "class)")
+    add("--test-file", common.user_path, None, "a table like that of csv:PATH (default: a drawn "
+        "fifth of each class)")
     add("--encoding", str, None, "of csv:PATH, --test-file and --probes, e.g. latin-1, cp1252 "
         "(default: their byte order mark's, else utf-8)")
     add("--clients", int, None, "N (default 12, or fewer that fit a small csv)", low=1)
@@ -1139,8 +1141,8 @@ def build_parser(doc=__doc__, channels=CHANNELS, flags=()):
         "skewed (default .5; small world 3)", above=0)
     add("--poison", str, None, "unreliable clients, e.g. label-flip:2,random:1 (default none; "
         "small world that)")
-    add("--probes", Path, None, "public probe texts, one a line (default: the set's own, or "
-        "--num-probes training texts set apart)")
+    add("--probes", common.user_path, None, "public probe texts, one a line (default: the set's "
+        "own, or --num-probes training texts set apart)")
     add("--num-probes", int, 96, "Q, of texts set apart", low=4)
     add = parser.group("model")
     add("--model", str, None, "a BERT-type encoder, a DistilBERT, a decoder like Llama (Qwen2, "

@@ -99,7 +99,6 @@ References
 # ================================================================================================
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -1082,8 +1081,8 @@ def build_parser():
     add("--model", str, None, "open_clip NAME:PRETRAINED, NAME:random, hf-hub:ORG/NAME, a "
         "directory with open_clip_config.json, or tiny (default ViT-B-16-quickgelu:openai, the "
         "paper's; tiny in the small world)")
-    add("--weights", Path, None, "a local checkpoint of --model NAME, or of NAME:PRETRAINED for "
-        "pictures to be prepared as for these weights")
+    add("--weights", common.user_path, None, "a local checkpoint of --model NAME, or of "
+        "NAME:PRETRAINED for pictures to be prepared as for these weights")
     add("--peft", ["prompt", "lora", "adapter"], None, "what is tuned: CoOp context (paper; "
         "default), LoRA in the vision tower, a feature adapter (default in the small world)")
     add("--n-ctx", int, 4, "context vectors of the prompt (paper 4)", low=1)

@@ -862,10 +862,10 @@ def build_parser(doc=__doc__, parts=PARTS):
 def resolve(args, small_world=SMALL, parts=PARTS):
     """Fill in defaults that depend on data set and model; refuse what does not go together."""
     small = args.dataset == "planted" and not args.suite
+    if args.suite and args.dataset != "planted":
+        raise common.UserError(f"--suite {args.suite} and --dataset {args.dataset}: give one")
     if args.truth and not small:
         raise common.UserError("--truth goes with --dataset planted: no other truth is known")
-    if args.search and args.lr is not None:
-        raise common.UserError("--search chooses the rate: give --grid-lr instead of --lr")
     common.fill_in(args, small_world if small else PAPER)
     common.fill_in(args, {"truth": ",".join(map(str, data.PLANTED_TRUTHS[0]))})
     if (args.model == "tiny") != small:

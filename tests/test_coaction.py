@@ -529,8 +529,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     wait_for_rows(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
-    said, *lines = [line for line in err.splitlines() if line]
-    assert said.startswith("problems: ")
+    lines = [line for line in err.splitlines() if line]
+    assert lines.pop(0).startswith("problems: ")
+    assert lines.pop(0).startswith("note: copsl is left out: its shared layer")
     assert len(lines) == 1 and "--resume" in lines[0] and str(folder) in lines[0]
     assert "coaction, step" in lines[0]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -653,7 +654,9 @@ def test_stand_in_matrices_are_told_and_shift_moves_optima(run_here, tmp_path, c
     words = ["--problems", "cims2", "nihs2", "--method", "psl", "--steps", 2]
     a = run_here("a", *words, "--data-dir", tmp_path / "data")
     out, err = capsys.readouterr()
-    assert "stand in" not in out and err == (
+    said, *idle = err.splitlines(keepends=True)
+    assert all(line.startswith("note: without effect: ") for line in idle)
+    assert "stand in" not in out and said == (
         f"problems: cims2 nihs2 (built in); no cims2 in {tmp_path / 'data' / 'mtmo'}: random "
         "matrices stand in for the competition's, so numbers of these tasks compare with nobody "
         "else's\n")

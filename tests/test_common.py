@@ -465,8 +465,8 @@ def test_resume_with_a_setting_more_or_less_is_refused(make_run):
 
 def test_settings_that_do_not_matter_may_change(make_run):
     saved_run(make_run)
-    run = make_run(out_dir=Path("out"), resume=True, overwrite=True, data_dir=Path("elsewhere"),
-                   device="auto", threads=torch.get_num_threads())
+    run = make_run(out_dir=Path("out"), resume=True, data_dir=Path("elsewhere"), device="auto",
+                   threads=torch.get_num_threads())
     assert run.load()["round"] == 2
     assert Path("out/checkpoint.pt").exists()
 
@@ -1121,3 +1121,32 @@ def test_any_name_can_be_drawn(name, tmp_path, recwarn):
         right.plot([1, 2], label=name)
         right.legend()
     assert (tmp_path / "f.png").stat().st_size > 1000 and not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["config.json", "figure.png", "toy.py"])
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}])
+def test_files_that_no_run_wrote_are_not_written_over(name, how, make_run):
+    Path("model").mkdir()
+    Path("model", name).write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=f"model holds {name}, which no run wrote"):
+        make_run(out_dir=Path("model"), **how)
+    with pytest.raises(UserError, match="holds no run"):
+        make_run(out_dir=Path("model"), resume=True)
+    assert Path("model", name).read_text() == '{"model_type": "vit"}'
+
+
+def test_resume_and_overwrite_contradict_each_other(make_run):
+    run = make_run()
+    run.begin()
+    with pytest.raises(UserError, match="give one"):
+        make_run(out_dir=run.out_dir, resume=True, overwrite=True)
+
+
+def test_paths_are_what_a_user_means(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert common.user_path("~/out") == Path("/home/me/out")
+    parser = common.Parser("x")
+    common.add_run_arguments(parser)
+    assert parser.parse_args(["--out-dir=~/o"]).out_dir == Path("/home/me/o")
+    with pytest.raises(UserError, match="a path is empty"):
+        parser.parse_args(["--out-dir", ""])

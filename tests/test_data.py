@@ -1106,6 +1106,8 @@ def test_what_runs_leave_in_a_folder_of_classes_is_no_class(data_dir, tmp_path, 
     tree(tmp_path, cat=5, dog=5)
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "runs" / "fedpurel--1" / "figure.png")
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "runs" / "fedpurel--1" / name).write_text("{}")
     for _ in range(2):  # the second finds the cache of the first
         assert data.load_images("folder:.", data_dir).class_names == ["cat", "dog"]
 
@@ -2553,3 +2555,102 @@ def test_tiny_decoder_learns_words_and_is_cached(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), named(150)[1].parameters(),
                                                  strict=True))
     assert len(list(tmp_path.glob("tiny-decoder-*.pt"))) == 2
+
+
+# ================================================================================================
+# What users were surprised by
+# ================================================================================================
+
+
+def colour_tree(root, *folders, size=(8, 8)):
+    """Four pictures of one colour each in every folder below root."""
+    for i, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for j in range(4):
+            Image.new("RGB", size, (40 * i, 40 * j, 200)).save(root / folder / f"{j}.bmp")
+    return f"folder:{root}"
+
+
+@pytest.mark.parametrize("folders, words", [
+    (["cat/train", "cat/test", "dog/train", "dog/test"], "each class folder holds test, train/"),
+    (["cat/train", "dog/test"], "are these classes, parts, or other pictures"),
+    (["COVID/images", "COVID/masks", "Normal/images", "Normal/masks"], "holds images, masks/"),
+    (["fold1/a", "fold1/b", "fold2/a", "fold2/b"], "are these classes, parts"),
+    (["seg_train/cat", "seg_train/dog", "seg_pred"], "a class, or not"),
+    (["Training Data/cat", "Training Data/dog", "unlabeled"], "a class, or not")])
+def test_folders_below_classes_that_may_mean_something_else_are_refused(folders, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        data.load_images(colour_tree(tmp_path / "d", *folders), tmp_path)
+
+
+def test_folders_below_classes_are_said(tmp_path):
+    dataset = colour_tree(tmp_path / "d", "train/cat/a", "train/cat/b", "train/dog", "test/cat",
+                          "test/dog")
+    images = data.load_images(dataset, tmp_path)
+    assert len(images.train) == 12
+    assert "training files in train/, 2 folders below them read with their class;" in images.said
+
+
+def test_results_and_caches_among_the_classes_are_left_out(tmp_path):
+    root = tmp_path / "d"
+    dataset = colour_tree(root, "jumps", "runs", "data", "results/a")
+    for name in ("config.json", "log.jsonl"):
+        (root / "results" / "a" / name).write_text("{}")
+    images = data.load_images(dataset, root / "data")
+    assert images.class_names == ["data", "jumps", "runs"]
+    assert "left out: results/" in images.said
+
+
+def test_other_bytes_of_the_same_size_are_other_pictures(tmp_path):
+    dataset = colour_tree(tmp_path / "d", "train/a", "train/b", "test/a", "test/b")
+    before = data.load_images(dataset, tmp_path).test.listing()
+    a, b = (tmp_path / "d" / "test" / c / "0.bmp" for c in "ab")
+    first, second = a.read_bytes(), b.read_bytes()
+    assert len(first) == len(second)
+    a.write_bytes(second)
+    b.write_bytes(first)
+    after = data.load_images(dataset, tmp_path).test.listing()
+    assert common.fingerprint(before) != common.fingerprint(after)
+
+
+def test_copies_in_a_drawn_test_part_are_said(tmp_path):
+    dataset = colour_tree(tmp_path / "d", "a", "b")
+    assert "too: " not in data.load_images(dataset, tmp_path).said
+    (tmp_path / "d" / "a" / "9.bmp").write_bytes((tmp_path / "d" / "a" / "0.bmp").read_bytes())
+    assert "files of the test that are in training, too: 1" in data.load_images(
+        dataset, tmp_path).said
+
+
+def test_further_frames_are_said(tmp_path):
+    dataset = colour_tree(tmp_path / "d", "a", "b")
+    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (9, 99)]
+    frames[0].save(tmp_path / "d" / "a" / "two.tif", save_all=True, append_images=frames[1:])
+    assert "1 of several frames or pages, of which the first is read" in data.load_images(
+        dataset, tmp_path).said
+
+
+def test_a_tail_is_cut_from_what_a_class_has():
+    labels = np.repeat([0, 1], 15)
+    images = data.ImageSet("x", ["a", "b"], "{}", data.Images(np.zeros((30, 2, 2, 3), np.uint8)),
+                           labels, data.Images(np.zeros((2, 2, 2, 3), np.uint8)), np.arange(2))
+    cut = data.long_tailed(images, 4, 60, "dataset", 0)
+    assert np.bincount(cut.train_labels).tolist() == [15, 3]
+
+
+def test_a_group_rule_of_odd_digits_is_refused():
+    with pytest.raises(UserError, match="HIGH,LOW"):
+        data.group_rule("²,1")
+
+
+def test_a_header_of_numbers_is_no_text(tmp_path):
+    (tmp_path / "t.csv").write_text("0,1\n" + "".join(f"{i % 2},some text {i}\n" for i in range(9)))
+    with pytest.raises(UserError, match="row 1, '0,1', looks like the header of a table without"):
+        data.load_texts(f"csv:{tmp_path / 't.csv'}", tmp_path)
+
+
+@pytest.mark.parametrize("row", ['{"text": NaN, "label": "a"}', '{"text": "x", "label": NaN}'])
+def test_nan_in_json_is_no_value(row, tmp_path):
+    rows = [f'{{"text": "t {i}", "label": "{"ab"[i % 2]}"}}' for i in range(20)]
+    (tmp_path / "t.jsonl").write_text("\n".join([*rows, row]))
+    with pytest.raises(UserError, match=r"rows without a text or a label .1.: 21"):
+        data.load_texts(f"csv:{tmp_path / 't.jsonl'}", tmp_path)

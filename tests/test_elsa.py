@@ -1624,3 +1624,9 @@ def test_models_of_one_state_are_independent(small):
     assert all(torch.equal(start_state[n], kept[n]) for n in kept)
     elsa.load_adapters(model, start_state)
     assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("layers, cut", [(1, (0, 1)), (2, (1, 1)), (3, (1, 2)), (12, (1, 11))])
+def test_every_number_of_blocks_has_a_default_cut(layers, cut):
+    world = SimpleNamespace(args=SimpleNamespace(split=None), model=SimpleNamespace(layers=layers))
+    assert elsa.pick_cut(world, 0) == cut

@@ -1214,7 +1214,6 @@ BAD = [
     (["--method", "fixed:1,2"], "6 numbers"),
     (["--truth", "1,2,3"], "6 whole numbers"),
     (["--truth", "4,4,4,4,4,4", "--dataset", "vtab-dmlab"], "no other truth"),
-    (["--search", "--lr", "1"], "--grid-lr instead"),
     (["--truth", "0,0,0,0,0,0"], "not all 0"),
     (["--grid-lr", "1,0", "--search"], "learns nothing"),
     (["--grid-wd", "a"], "separated by commas"),

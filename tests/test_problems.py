@@ -1360,3 +1360,14 @@ def test_own_problem_without_a_front_is_searched(tmp_path):
     torch.testing.assert_close(found[:, 1], (root - 2) ** 2, rtol=0, atol=.06)
     assert found[:, 0].min() < .3 and found[:, 0].max() > 3
     assert data.reference_front(problem, 0).shape == (0, 2)
+
+
+def test_a_file_that_draws_numbers_draws_the_same_in_every_run(tmp_path):
+    (tmp_path / "drawn.py").write_text(
+        "import torch\nclass P:\n    lower, upper, n_obj = [0.] * 2, [1.] * 2, 2\n"
+        "    def __init__(self): self.w = torch.rand(2, 2, dtype=torch.float64)\n"
+        "    def __call__(self, x): return (x - self.w[0]) ** 2 @ self.w.abs()\n")
+    state = torch.get_rng_state()
+    first, second = (data.get_problem(f"{tmp_path}/drawn.py:P") for _ in range(2))
+    x = torch.rand(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first(x), second(x)) and torch.equal(torch.get_rng_state(), state)
