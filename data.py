@@ -20,6 +20,7 @@ Problems     `get_problem(name)` -> Problem: F1-F6, ZDT, DTLZ, VLMOP, RE (TABLE)
 
 Each section can be read alone.
 """
+import argparse
 import codecs
 import contextlib
 import csv
@@ -1153,6 +1154,7 @@ def text_encoder(model, max_length, dropout, cache_dir, dtype=torch.float32, tex
             + f", and so {len(missing) + len(other)} of the {len(encoder.state_dict())} weights of "
             f"a {kind} would be random"
             + (f"; what the file has instead begins with {there[0]}" if there else ""))
+    check_weights(encoder, f"--model {model}", model if Path(model).is_dir() else None)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # only the state of one token is read
     left = len(found["unexpected_keys"])  # of a head, as a rule
@@ -1170,6 +1172,7 @@ def text_config(model, cache_dir, why=""):
     """
     from transformers import AutoConfig, logging
 
+    check_model_named(model)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options = {"cache_dir": str(cache_dir), "trust_remote_code": False}
@@ -2612,8 +2615,37 @@ def hub_if_reachable(model=""):
 def _load_error(unreachable, error):
     """Why something was not loaded: the hub (see hub_if_reachable), or a library's error."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if "weights_only" in str(error):  # torch's advice is to run whatever the file holds
+        said = "its weights are not in a file that torch.save or safetensors wrote"
     no_network = re.search("connect|offline|download|cache", str(error), re.IGNORECASE)
     return unreachable if unreachable and no_network else said
+
+
+def check_model_named(model):
+    """UserError for an empty --model, which as a path is the current directory."""
+    if not str(model).strip():
+        raise UserError("--model is empty; expected a name or a directory")
+
+
+def check_weights(model, what, folder=None):
+    """UserError that names the first weight of a model with a number that is NaN or infinite, or
+    that the safetensors files in its folder hold as bytes: these are quantised, and have a scale.
+    """
+    from safetensors import safe_open
+
+    own = model.state_dict()
+    for path in sorted(Path(folder).glob("*.safetensors")) if folder else ():
+        with safe_open(path, "pt") as file:
+            for name in file.offset_keys():
+                if file.get_slice(name).get_dtype() in ("I8", "U8") and any(
+                        name.endswith(n) and own[n].is_floating_point() for n in own):
+                    raise UserError(f"{what}: {name} in {path.name} is of whole numbers of 8 bits; "
+                                    "expected floats: name the model before it was quantised")
+    for name, weight in own.items():
+        bad = weight.numel() - int(weight.isfinite().sum())
+        if bad:
+            raise UserError(f"{what}: {name} has {bad} of {weight.numel()} numbers that are NaN or "
+                            "infinite; the file is damaged, or its training diverged")
 
 
 def vit_backbone(model, eps, seed, device, cache_dir):
@@ -2624,7 +2656,11 @@ def vit_backbone(model, eps, seed, device, cache_dir):
     is a masked autoencoder: PRO-VPT's authors read MAE by the mean of patches and prompts, the
     class token of such a model says less.
     """
+    check_model_named(model)
     local = Path(model).is_dir()
+    if Path(model).is_file():
+        raise UserError(f"--model {model} is a file; expected the directory that holds config.json "
+                        "and model.safetensors, or a hub id")
     if not local and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise UserError(f"--model {model}: there is no such directory; expected one with "
                         "config.json and model.safetensors, or a hub id")
@@ -2632,7 +2668,8 @@ def vit_backbone(model, eps, seed, device, cache_dir):
     with contextlib.nullcontext("") if local else hub_if_reachable() as why:
         try:
             vit, found, own_eps = _load_vit(model, eps, str(cache_dir))
-            pixels = _vit_pixels(model, height_and_width(vit.config.image_size), str(cache_dir))
+            size = height_and_width(vit.config.image_size)
+            pixels, left = _vit_pixels(model, size, str(cache_dir))
         except UserError:
             raise
         except Exception as error:  # hub, network, JSON, safetensors and key errors of 4 libraries
@@ -2651,11 +2688,14 @@ def vit_backbone(model, eps, seed, device, cache_dir):
     if more:
         raise UserError(f"--model {model}: the weights hold more than the ViT of {len(vit.layers)} "
                         f"blocks that config.json says: {', '.join(more[:3])}")
+    check_weights(vit, f"--model {model}", model if local else None)
     vit.pixels = pixels
     vit.said = f"ViTModel of {Path(model).name if local else model}, {len(vit.layers)} blocks, " \
                f"0 weights missing, LayerNorm eps {eps:g}"
     if own_eps != eps:
         vit.said += f" (the checkpoint says {own_eps:g})"
+    if left:
+        vit.said += f"; not followed in preprocessor_config.json: {left}"
     return vit.eval().requires_grad_(False).to(device)
 
 
@@ -2683,8 +2723,13 @@ def _load_vit(model, eps, cache_dir):
     return vit, found, config.layer_norm_eps
 
 
+# an image processor that does one of them in a way of its own makes other pictures than Pixels
+PICTURE_STEPS = {"_preprocess", "preprocess", "resize", "rescale", "normalize"}
+
+
 def _vit_pixels(model, size, cache_dir):
-    """The Pixels that preprocessor_config.json beside a ViT asks for; None without such a file.
+    """The Pixels that preprocessor_config.json beside a ViT asks for, and what of it is left out in
+    words; None and "" without such a file.
 
     size: (height, width) that the ViT takes.
     """
@@ -2697,9 +2742,9 @@ def _vit_pixels(model, size, cache_dir):
         try:
             path = Path(hf_hub_download(model, path.name, cache_dir=cache_dir))
         except errors.EntryNotFoundError:  # the repository, or the cache without a network
-            return None
+            return None, ""
     if not path.is_file():
-        return None
+        return None, ""
     try:
         said = json.loads(path.read_text())
         wants = AutoImageProcessor.from_pretrained(path.parent)
@@ -2711,20 +2756,39 @@ def _vit_pixels(model, size, cache_dir):
                                  else (0, 1)))
         crop = bool(getattr(wants, "do_center_crop", False))
         asked = wants.crop_size if crop else wants.size
+        own_steps = PICTURE_STEPS & set(vars(type(wants)))
     except Exception as error:  # JSON and key errors, an unknown kind of processor
         raise UserError(f"{path} is not readable ({type(error).__name__}: {str(error)[:200]}); "
                         "mend it, or remove it and say --norm") from None
     if len(mean) != 3 or len(std) != 3:
         raise UserError(f"{path}: image_mean and image_std have {len(mean)} and {len(std)} "
                         "numbers; expected 3")
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s < math.inf for s in std):
+        raise UserError(f"{path}: image_mean {wants.image_mean} and image_std {wants.image_std} do "
+                        f"not fit pixels that are 0 to {scale:g} (see do_rescale, rescale_factor); "
+                        "a mean lies among them, and a deviation is above 0")
+    changes = [key for key in ("do_flip_channel_order", "do_grayscale", "offset")
+               if getattr(wants, key, None)]
+    changes += ["do_pad"] if getattr(wants, "do_pad", None) and wants.pad_size else []
+    if changes or own_steps:
+        what = f"{changes[0]}: true" if changes else f"a {type(wants).__name__}"
+        raise UserError(f"{path} asks for {what}, which is not done here; expected what a "
+                        "ViTImageProcessor or CLIPImageProcessor does: resize, centre crop, "
+                        "rescale, normalise")
+    left = [f"{key} {json.dumps(said[key])}" for key, asks in (
+        ("crop_pct", said.get("crop_pct")), ("do_resize", said.get("do_resize") is False)) if asks]
     resize = None
     if "size" in said:
+        if wants.size.longest_edge or not (wants.size.shortest_edge or wants.size.height):
+            raise UserError(f"{path}: size is {json.dumps(said['size'])}; expected "
+                            '{"height": N, "width": N} or {"shortest_edge": N}')
         resize = wants.size.shortest_edge or (wants.size.height, wants.size.width)
         final = (asked.height or asked.shortest_edge, asked.width or asked.shortest_edge)
         if final != size:
             raise UserError(f"{path} makes pictures of {final[0]} x {final[1]}, but config.json "
                             f"says that the model takes {size[0]} x {size[1]}; mend one of them")
-    return Pixels(size, tuple(mean), tuple(std), interpolation, None if resize == size else resize)
+    return (Pixels(size, tuple(mean), tuple(std), interpolation,
+                   None if resize == size else resize), ", ".join(left))
 
 
 PLANTED_TRUTHS = ([0, 20, 4, 0, 0, 0], [0, 0, 0, 4, 20, 0], [12, 0, 0, 12, 0, 0],
@@ -2857,8 +2921,9 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
     missing or foreign file, no network.
     """
     import open_clip  # slow to import, and only needed here
+    check_model_named(model)
     name, tag = _open_clip_name(model, weights)
-    state = None if weights is None else _read_checkpoint(weights, name)
+    state, part = (None, "") if weights is None else _read_checkpoint(weights, name)
     # TorchScript files are OpenAI's own; these and some others were trained with QuickGELU, which
     # open_clip builds under its own name only
     published = open_clip.get_pretrained_cfg(name, tag)
@@ -2882,6 +2947,8 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
                 force_quick_gelu=quick, **pixels)
             if weights:
                 _load_clip(clip, state, weights, name)
+            check_weights(clip, f"--weights {weights}" if weights else f"--model {model}",
+                          name.removeprefix("local-dir:") if local and not weights else None)
             tokenizer = open_clip.get_tokenizer(name, cache_dir=str(cache_dir))
     except UserError:
         raise
@@ -2902,7 +2969,7 @@ def open_clip_backbone(model, weights, seed, device, cache_dir):
     crop = pixel_transform(size, cfg["mean"], cfg["std"], kind, crop=.08)
     how = {"shortest": "resize and centre crop", "longest": "resize and padding",
            "squash": "resize to a square"}[cfg["resize_mode"]]
-    which = f"weights of {Path(weights).name}" if weights else f"{tag} weights" if tag else \
+    which = f"weights of {Path(weights).name}{part}" if weights else f"{tag} weights" if tag else \
         "its weights"
     mended = quick and not config.get("quick_gelu")
     said = f"{name}, {which}" + ", QuickGELU as they were trained" * bool(mended)
@@ -2958,51 +3025,93 @@ def _published_pixels(name, tag, weights):
                "for that of published weights)"
 
 
-def _read_checkpoint(path, name):
-    """The tensors of a CLIP checkpoint file: safetensors, torch.save or OpenAI's TorchScript.
+# under which training loops save the weights of their model
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "clip", "net", "network")
 
-    Unpacked from what training loops put around them (a dict, "module." before every name).
+
+def _holds_tensors(value):
+    """Whether a dict, or a dict in it, has a tensor with a name."""
+    return isinstance(value, dict) and any(
+        isinstance(k, str) and (torch.is_tensor(v) or _holds_tensors(v)) for k, v in value.items())
+
+
+def _read_checkpoint(path, name):
+    """The tensors of a CLIP checkpoint file, and in words which of several parts they are.
+
+    safetensors, torch.save or OpenAI's TorchScript, whatever its suffix; unpacked from what
+    training loops put around them (a dict, "module." before every name).
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--weights {path} does not exist; expected a checkpoint of {name}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"--weights {path} {what}; expected a checkpoint of {name}, one file")
     if path.suffix in (".npz", ".npy"):
-        return {}  # big_vision's, which open_clip reads by name
+        return {}, ""  # big_vision's, which open_clip reads by name
+    cannot = f"cannot read {path} as {name}: it"
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state = load_file(path)
-        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n
-                                              in zipfile.ZipFile(path).namelist()):
-            with warnings.catch_warnings():  # torch would like such files to go
-                warnings.simplefilter("ignore")
+        with (open(path, "rb") as file, warnings.catch_warnings(),
+              torch.serialization.safe_globals([argparse.Namespace])):  # "args", often
+            warnings.simplefilter("ignore")  # torch would like TorchScript to go
+            start = file.read(9)
+            file.seek(0)
+            if start[8:] == b"{":  # the header's length, the header
+                from safetensors.torch import load_file
+                state = load_file(path)
+            elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n
+                                                  in zipfile.ZipFile(path).namelist()):
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            else:  # torch goes by the suffix of a path
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise UserError(f"{cannot} may not be opened (permission denied)") from None
     except Exception as error:  # a zip, pickle, runtime or safetensors error
-        raise UserError(f"cannot read {path} as {name} ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:200]})") from None
-    while isinstance(state, dict) and not any(torch.is_tensor(v) for v in state.values()):
-        inner = {k: v for k, v in state.items() if isinstance(v, dict) and v}
-        inner = {"state_dict": inner["state_dict"]} if "state_dict" in inner else inner
-        inner.pop("optimizer", None)
-        if len(inner) != 1:
-            raise UserError(f"cannot read {path} as {name}: it holds no weights but "
-                            f"{', '.join(map(str, state))[:200]}; expected a state dict")
-        (state,) = inner.values()
+        foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))
+        raise UserError(cannot + (
+            f" holds a {foreign[1]}, and only tensors, numbers and words are read; save the "
+            "model's state_dict() alone" if foreign else
+            " is not a whole checkpoint that torch.save or safetensors wrote")) from None
+    where, left = "", []
+    while isinstance(state, dict):
+        parts = {k: v for k, v in state.items() if _holds_tensors(v)
+                 and not re.search("optim|sched|scaler", str(k), re.IGNORECASE)}
+        flat = any(torch.is_tensor(v) and v.ndim for v in state.values())  # a loss has no axis
+        found = [k for k in parts if k in STATE_DICTS]
+        if not found and (flat or not parts):
+            break
+        found = found or [k for k in parts if not re.search("(^|_)ema(_|$)", k)] or list(parts)
+        if len(found) > 1:
+            raise UserError(f"{cannot} holds no weights but {', '.join(map(str, state))[:200]}; "
+                            f"expected one state dict, and {' and '.join(found)} could be it")
+        where, left = found[0], left + [k for k in parts if k not in found]
+        state = state[where]
     if not isinstance(state, dict):
-        raise UserError(f"cannot read {path} as {name}: it holds a {type(state).__name__}; "
+        raise UserError(f"{cannot} holds a {type(state).__name__}; expected a state dict")
+    tensors = {k: v for k, v in state.items() if torch.is_tensor(v) and isinstance(k, str)}
+    if not tensors:
+        raise UserError(f"{cannot} holds no weights but {', '.join(map(str, state))[:200]}; "
                         "expected a state dict")
-    for prefix in ("module.", "_orig_mod.", "model.", "clip."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return {key: v for key, v in state.items() if key not in ("context_length", "vocab_size")}
+    left += [str(k) for k in state if k not in tensors]
+    again = True
+    while again:
+        again = False
+        for prefix in ("module.", "_orig_mod.", "model.", "clip.", "net."):
+            if all(key.startswith(prefix) for key in tensors):
+                tensors = {key.removeprefix(prefix): v for key, v in tensors.items()}
+                again = True
+    words = f" ({f'its {where}; ' * bool(where)}left out: {', '.join(left)})" if left else ""
+    return {k: v for k, v in tensors.items() if k not in ("context_length", "vocab_size")}, words
 
 
 def _load_clip(clip, state, path, name):
     """Read a checkpoint into a model, all of it; UserError where open_clip would stretch a part."""
     import open_clip
     own = clip.state_dict()
+    for key, value in state.items():
+        if not value.is_floating_point() and (
+                value.element_size() == 1 or own.get(key, value).is_floating_point()):
+            raise UserError(f"cannot read {path} as {name}: {key} is of type "
+                            f"{str(value.dtype).removeprefix('torch.')}, expected floats; a "
+                            "quantised checkpoint is not read")
     for key in ("visual.positional_embedding", "positional_embedding", "text.positional_embedding"):
         there, here = ((part.get(key), part.get(f"text.{key}"))[key not in part]
                        for part in (state, own))

@@ -1,4 +1,5 @@
 """data.py: long tails, client partitions, image sets in their real file formats, CLIP loading."""
+import argparse
 import hashlib
 import json
 import pickle
@@ -22,7 +23,7 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 from torchvision import transforms
-from transformers import BertTokenizer
+from transformers import BertTokenizer, ViTConfig, ViTModel
 
 import common
 import data
@@ -2062,6 +2063,125 @@ def test_files_without_one_state_dict_are_refused(content, words, tmp_path):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=words):
         load("ViT-S-32-alt", tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("wrap, said", [
+    (lambda s, ema: {"epoch": 3, "model_state_dict": s, "optimizer_state_dict": {
+        "state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": .1}]},
+        "loss": torch.tensor(.3)}, ""),
+    (lambda s, ema: {"model": s, "args": {"lr": .1, "name": "clip"}}, ""),
+    (lambda s, ema: {"model": s, "args": argparse.Namespace(lr=.1)}, ""),
+    (lambda s, ema: {"model": s, "model_ema": ema}, " (its model; left out: model_ema)"),
+    (lambda s, ema: {"state_dict_ema": ema, "state_dict": s},
+     " (its state_dict; left out: state_dict_ema)"),
+    (lambda s, ema: {**s, "epoch": 3}, " (left out: epoch)"),
+    (lambda s, ema: {f"net.{k}": v for k, v in s.items()}, ""),
+    (lambda s, ema: {"net": {f"model.module.{k}": v for k, v in s.items()}}, "")])
+def test_the_weights_are_found_among_what_training_loops_save(wrap, said, tmp_path):
+    folder, _ = small_clip(tmp_path / "clip")
+    state, ema = (small_clip(tmp_path / str(i), seed=i)[1] for i in (1, 2))
+    torch.save(wrap(state, ema), tmp_path / "w.pt")
+    made = load(folder, tmp_path / "w.pt")
+    assert same(weights(made), state)
+    assert made.said == f"local-dir:{folder}, weights of w.pt{said}"
+
+
+@pytest.mark.parametrize("name, kind", [("w.bin", "safetensors"), ("w.safetensors", "torch")])
+def test_a_checkpoint_is_read_by_its_content(name, kind, tmp_path):
+    folder, _ = small_clip(tmp_path / "clip")
+    state = small_clip(tmp_path / "other", seed=1)[1]
+    (safetensors.torch.save_file if kind == "safetensors" else torch.save)(state, tmp_path / name)
+    assert same(weights(load(folder, tmp_path / name)), state)
+
+
+def test_files_that_are_no_checkpoints_are_refused_in_plain_words(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save({"a": torch.ones(99)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:300])
+    (tmp_path / "text.pt").write_text("a text")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with open(tmp_path / "pickle.pt", "wb") as file:
+        pickle.dump(Path("x"), file, protocol=4)
+    for name in ("module", "cut", "text", "empty", "pickle"):
+        with pytest.raises(UserError, match=rf"cannot read .*{name}\.pt as ViT-S-32-alt") as caught:
+            load("ViT-S-32-alt", tmp_path / f"{name}.pt")
+        said = str(caught.value)
+        assert "weights_only" not in said and "\x1b" not in said and "\n" not in said
+        assert ("holds a torch.nn.modules.linear.Linear" if name == "module" else
+                "not a whole checkpoint that torch.save or safetensors wrote") in said
+    with pytest.raises(UserError, match="is a folder; expected a checkpoint"):
+        load("ViT-S-32-alt", tmp_path)
+    torch.save({"clip": {"a": torch.ones(1)}, "model": {"a": torch.ones(1)}}, tmp_path / "two.pt")
+    with pytest.raises(UserError, match="clip and model could be it"):
+        load("ViT-S-32-alt", tmp_path / "two.pt")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda w: w.float().index_fill(0, torch.tensor([0]), torch.nan), "of {} numbers .* NaN or"),
+    (lambda w: w.float().index_fill(0, torch.tensor([0]), torch.inf), "of {} numbers .* NaN or"),
+    (lambda w: torch.ones_like(w, dtype=torch.int8), "expected floats"),
+    (lambda w: torch.ones_like(w, dtype=torch.uint8), "expected floats")])
+def test_weights_that_are_no_numbers_are_refused_by_name(change, words, tmp_path):
+    folder, state = small_clip(tmp_path / "clip")
+    key = "visual.transformer.resblocks.1.ln_1.weight"
+    state[key] = change(state[key])
+    torch.save(state, tmp_path / "w.pt")
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    name = key.replace(".", r"\.") + ".*" + words.format(32)
+    for file in (tmp_path / "w.pt", None):
+        with pytest.raises(UserError, match=name):
+            load(folder, file)
+    key = "encoder.layer.1.output.dense.bias"
+    change_weights(language_model(tmp_path / "bert"), lambda w: {**w, key: change(w[key])})
+    with pytest.raises(UserError, match=key + ".*" + words.format(16)):
+        data.text_encoder(str(tmp_path / "bert"), 8, 0.0, tmp_path)
+    vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                             intermediate_size=32, image_size=16, patch_size=8))
+    vit.save_pretrained(tmp_path / "vit")
+    change_weights(tmp_path / "vit", lambda w: {k: change(v) if k == "layernorm.bias" else v
+                                                for k, v in w.items()})
+    with pytest.raises(UserError, match=r"layernorm\.bias.*" + words.format(16)):
+        data.vit_backbone(str(tmp_path / "vit"), 1e-6, 0, "cpu", tmp_path)
+
+
+def test_a_model_that_is_empty_or_a_file(tmp_path):
+    for read in (lambda m: load(m), lambda m: data.text_encoder(m, 8, 0.0, tmp_path),
+                 lambda m: data.vit_backbone(m, 1e-6, 0, "cpu", tmp_path)):
+        with pytest.raises(UserError, match="--model is empty"):
+            read("")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json is a file; expected the directory"):
+        data.vit_backbone(str(tmp_path / "config.json"), 1e-6, 0, "cpu", tmp_path)
+
+
+@pytest.mark.parametrize("asks, words", [
+    ({"do_flip_channel_order": True}, "do_flip_channel_order: true"),
+    ({"do_grayscale": True}, "do_grayscale: true"),
+    ({"do_pad": True, "pad_size": {"height": 20, "width": 20}}, "do_pad: true"),
+    ({"image_mean": [123.675, 116.28, 103.53]}, "image_mean .123.675.* pixels that are 0 to 1 "),
+    ({"image_std": 0}, "image_std 0 "), ({"image_std": [.2, float("nan"), .2]}, "image_std"),
+    ({"size": {"longest_edge": 16}}, 'size is {"longest_edge": 16}; expected'),
+    ({"image_processor_type": "VivitImageProcessor"}, "VivitImageProcessor, which is not done|"
+     "asks for offset")])
+def test_pictures_that_a_checkpoint_wants_and_would_not_get(asks, words, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+        {"image_processor_type": "ViTImageProcessor", "size": 16, **asks}))
+    with pytest.raises(UserError, match=words) as caught:
+        data._vit_pixels(str(tmp_path), (16, 16), tmp_path)
+    assert "preprocessor_config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_of_a_preprocessor_is_not_followed_is_said(tmp_path):
+    vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                             intermediate_size=32, image_size=16, patch_size=8))
+    vit.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "ViTImageProcessor", "size": 16, "crop_pct": .9,
+        "do_resize": False, "do_rescale": False, "image_mean": [123.675, 116.28, 103.53]}))
+    vit = data.vit_backbone(str(tmp_path), 1e-6, 0, "cpu", tmp_path)
+    assert vit.said.endswith(
+        "; not followed in preprocessor_config.json: crop_pct 0.9, do_resize false")
+    assert vit.pixels.mean == pytest.approx((.485, .456, .406))  # of 255
 
 
 INCEPTION, OPENAI = (.5, .5, .5), open_clip.OPENAI_DATASET_MEAN
