@@ -609,17 +609,22 @@ def resolve(args):
     return args
 
 
+def methods_that_can(methods, problems):
+    """Those that these problems allow; UserError if none does."""
+    if len({p.n_obj for p in problems}) > 1 and "copsl" in methods:
+        methods.remove("copsl")  # it cannot: one shared layer reads one kind of preference
+        if not methods:
+            raise common.UserError("--method copsl needs tasks with one number of objectives")
+    return methods
+
+
 def main(argv=None):
     """The command: every method of --method in turn, each resumable, then the report."""
     parser = build_parser()
     args = parser.parse_args(argv)
     given, args = common.given(parser, args), resolve(args)
     problems = data.get_problems(args.problems, args.data_dir, args.seed, args.shift)
-    methods = args.method.split(",")
-    if len({p.n_obj for p in problems}) > 1 and "copsl" in methods:
-        methods.remove("copsl")  # it cannot: one shared layer reads one kind of preference
-        if not methods:
-            raise common.UserError("--method copsl needs tasks with one number of objectives")
+    methods = methods_that_can(args.method.split(","), problems)
     with common.Run(args, f"coaction-{args.suite or 'problems'}") as run:
         seeds = run.share_seeds(args.seed, args.seeds)
         state = run.load() or {"done": {}, "trained": {}, "current": None}

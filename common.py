@@ -41,6 +41,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import zipfile
@@ -888,7 +889,7 @@ def figure(path, title, size, **layout):
             if layout:
                 axes = drawing.subplots(**layout)
             yield drawing, axes
-            drawing.suptitle(printable(title))
+            drawing.suptitle(textwrap.fill(printable(title), int(11 * size[0])))
             atomic_write(path, lambda p: drawing.savefig(p, dpi=130))
         finally:
             plt.close(drawing)

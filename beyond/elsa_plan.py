@@ -172,19 +172,24 @@ def draw_plan(result, args, path):
     """Memory of the client's part against the bytes of a round, one point a cut."""
     title = (f"{Path(args.config).name}: {args.batch} texts of {args.max_length} tokens a step, "
              f"channel {args.channel}")
-    rows, cuts = result["rows"], result["cuts"]
+    rows, cuts, top = result["rows"], result["cuts"], 0
     with common.figure(path, title, (7, 4.4), nrows=1, ncols=1) as (_, axis):
         for dtype, colour in (("float32", common.ORANGE), ("bfloat16", common.BLUE)):
             x = [r[dtype] / 1e6 for r in rows]
-            y = [(args.steps * (r["step up"] + r["step down"]) + r["adapters"]) / 1e6 for r in rows]
-            axis.plot(x, y, color=colour, marker="o", ms=4, label=f"weights in {dtype}")
+            # states have the type of the weights, and so half the bytes where those are halved; a
+            # channel of bits or of float32 numbers sends the same whatever they are
+            size = getattr(torch, dtype).itemsize / getattr(torch, args.dtype).itemsize
+            size = size if args.channel in ("none", "sketch") else 1
+            y = [(args.steps * size * (r["step up"] + r["step down"]) + r["adapters"]) / 1e6
+                 for r in rows]
+            top = max(top, *y)
+            axis.plot(x, y, color=colour, marker="o", ms=4, label=dtype)
             for i in {0, len(cuts) // 2, len(cuts) - 1}:
                 axis.annotate("{},{}".format(*cuts[i]), (x[i], y[i]), xytext=(0, 6),
                               textcoords="offset points", ha="center", fontsize=8)
         axis.set(xlabel="memory of the client's part (MB); labels: cut p,q",
-                 ylabel=f"MB on the link in a round of {args.steps} steps, {args.dtype} states",
-                 ylim=(0, None))
-        axis.legend(frameon=False)
+                 ylabel=f"MB on the link in a round of {args.steps} steps", ylim=(0, 1.2 * top))
+        axis.legend(frameon=False, loc="lower right", title="weights and states")
 
 
 # ------------------------------------------------------------------------------------------------
