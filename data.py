@@ -1550,8 +1550,12 @@ def _visible(folder, left):
     return kept
 
 
-def _of_runs(folder):
-    """Whether a folder is a run's --out-dir, or holds some."""
+def _of_runs(folder, data_dir):
+    """Whether a folder is what runs write: an --out-dir, or holds some; --data-dir's caches."""
+    caches = [os.path.realpath(data_dir / name) for name in ("cache", "weights")]
+    place = os.path.realpath(folder)
+    if place in caches or (place == os.path.realpath(data_dir) and (folder / "cache").is_dir()):
+        return True
     return any((p / "config.json").exists() and (p / "log.jsonl").exists()
                for p in (folder, *(q for q in folder.iterdir() if q.is_dir())))
 
@@ -1682,10 +1686,7 @@ def _folder_set(path, data_dir, progress, validation=False):
         raise UserError(
             f"folder:{shown}: there is no such folder; expected {shown}/train/<class>/*.jpg "
             f"and {shown}/test/<class>/*.jpg")
-    # What runs have written may lie among the classes: their results, and --data-dir
-    own = [p for p in _folders(path) if _of_runs(p) or os.path.realpath(p) in (
-        os.path.realpath(data_dir / "cache"), os.path.realpath(data_dir / "weights"))
-        or (os.path.realpath(p) == os.path.realpath(data_dir) and (p / "cache").is_dir())]
+    own = [p for p in _folders(path) if _of_runs(p, data_dir)]
     ours = {os.path.realpath(p) for p in own}
     parts, others = _find_parts(path, ours)
     others = [*others, *own]
@@ -1729,16 +1730,10 @@ def _folder_set(path, data_dir, progress, validation=False):
     said += [f"{'validation' if part == 'val' else part}:{where(part, ' ')}, {len(images[part])} "
              f"files{_left_out(left[part])}" for part in rest]
     if "test" not in parts:
-        train, label = images[main], labels[main]
-        late = np.concatenate([np.flatnonzero(label == c)[max(1, int(.8 * (label == c).sum())):]
-                               for c in range(len(classes))])
-        if len(np.unique(label[late])) < len(classes):
-            raise UserError(
-                f"folder:{shown} has no test/ and too few images in some class to hold out a "
-                "fifth of each; add test/<class>/* or at least 2 images per class")
-        early = np.setdiff1d(np.arange(len(label)), late)
-        images["test"], labels["test"] = train.subset(late), label[late]
-        images[main], labels[main] = train.subset(early), label[early]
+        late = _last_fifths(labels[main], len(classes), shown)
+        early = np.setdiff1d(np.arange(len(labels[main])), late)
+        images["test"], images[main] = images[main].subset(late), images[main].subset(early)
+        labels["test"], labels[main] = labels[main][late], labels[main][early]
         said.append(f"test: of these the last fifth of each class, {len(late)} files")
         if copies := images["test"].copies_of(images[main]):
             said.append(f"files of the test that are in training, too: {copies}")
@@ -1748,6 +1743,16 @@ def _folder_set(path, data_dir, progress, validation=False):
         printable(path.name), names, PHOTO, images[main], labels[main],
         images["test"], labels["test"], said="; ".join(said) + notes,
         val=(images["val"], labels["val"]) if "val" in parts else None)
+
+
+def _last_fifths(labels, classes, shown):
+    """The numbers of the last fifth of each class, at least one; UserError where one is all."""
+    late = np.concatenate([np.flatnonzero(labels == c)[max(1, int(.8 * (labels == c).sum())):]
+                           for c in range(classes)])
+    if len(np.unique(labels[late])) < classes:
+        raise UserError(f"folder:{shown} has no test/ and too few images in some class to hold out "
+                        "a fifth of each; add test/<class>/* or at least 2 images per class")
+    return late
 
 
 def _left_out(counter):
@@ -3390,19 +3395,8 @@ def load_federation(args, run, official_cifar=False, captions=()):
                                       "bilinear resize of what is normalised (--recipe official)")
     clip = backbone.clip.requires_grad_(False)
     check_towers(clip, args.peft)
-    for caption in (images.template, *captions):
-        tokens = class_tokens(backbone.tokenizer, caption, images.class_names)
-        alike = [f"{images.class_names[a]!r} ({a}) and {images.class_names[b]!r} ({b})"
-                 for a, b in equal_rows(tokens)]
-        if alike and name.startswith("folder:"):
-            raise UserError(f"folder: the classes {'; '.join(alike[:3])} are one text to the "
-                            "tokenizer of --model, so that nothing can tell them apart; rename one")
-    if args.peft == "prompt":  # what PromptLearner takes for granted of the last caption
-        words = tokens[:, 1:1 + args.n_ctx]
-        if (tokens[:, 0] != tokens[0, 0]).any() or (words != words[0, 0]).any():
-            raise UserError("--peft prompt needs a tokenizer like CLIP's, with a start of text and "
-                            "one token for X, but --model has a "
-                            f"{type(backbone.tokenizer).__name__}; try --peft adapter")
+    alike = check_captions(backbone.tokenizer, (images.template, *captions), images.class_names,
+                           name.startswith("folder:"), args.n_ctx if args.peft == "prompt" else 0)
     if alike:  # ImageNet's "missile", say: what others report counts them, too
         run.warn(f"one text to the tokenizer of --model: the classes {'; '.join(alike[:3])}")
     run.source("model", f"{backbone.said}, {backbone.pixels}",
@@ -3419,6 +3413,27 @@ def load_federation(args, run, official_cifar=False, captions=()):
         [tuple(torch.as_tensor(part, device=run.device) for part in pair) for pair in clients],
         torch.arange(len(images.train_labels), len(labels), device=run.device), groups,
         images.class_names, images.template)
+
+
+def check_captions(tokenizer, captions, names, own, n_ctx=0):
+    """The pairs of classes, in words, whose captions are one text to the tokenizer.
+
+    captions: texts with {}; own: whether the names are a user's. n_ctx: how many words X the last
+    caption begins with, for PromptLearner. UserError: such pairs among a user's names; a tokenizer
+    that is not like CLIP's where n_ctx is asked for.
+    """
+    for caption in captions:
+        tokens = class_tokens(tokenizer, caption, names)
+        alike = [f"{names[a]!r} ({a}) and {names[b]!r} ({b})" for a, b in equal_rows(tokens)]
+        if alike and own:
+            raise UserError(f"folder: the classes {'; '.join(alike[:3])} are one text to the "
+                            "tokenizer of --model, so that nothing can tell them apart; rename one")
+    words = tokens[:, 1:1 + n_ctx]
+    if n_ctx and ((tokens[:, 0] != tokens[0, 0]).any() or (words != words[0, 0]).any()):
+        raise UserError("--peft prompt needs a tokenizer like CLIP's, with a start of text and one "
+                        f"token for X, but --model has a {type(tokenizer).__name__}; try --peft "
+                        "adapter")
+    return alike
 
 
 def federation_said(found, whole, images, clients, asked):
