@@ -889,10 +889,25 @@ def figure(path, title, size, **layout):
             if layout:
                 axes = drawing.subplots(**layout)
             yield drawing, axes
+            log_ticks(drawing)
             drawing.suptitle(textwrap.fill(printable(title), int(11 * size[0])))
             atomic_write(path, lambda p: drawing.savefig(p, dpi=130))
         finally:
             plt.close(drawing)
+
+
+def log_ticks(drawing):
+    """Numbers on the log axes of a figure: matplotlib's own are formulas, and none are parsed."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):  # which ticks get a number is left to matplotlib
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+    for axes in drawing.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_formatter(Plain())
+                axis.set_minor_formatter(Plain(minor_thresholds=(1, .4)))
 
 
 def heat_map(axis, values, title, rows=None, columns=None, bar=None, **options):
@@ -917,14 +932,37 @@ def grouped_bars(axis, places, heights, colours):
     axis.set_ylim(0, 1.08 * max(1, *(b.get_height() for b in axis.patches)))
 
 
-def ranked_bars(axis, heights, colours, xlabel):
-    """One horizontal bar a label, its number beside it. heights: dict label -> number >= 0."""
-    bars = axis.barh(list(heights), list(heights.values()),
+def ranked_bars(axis, heights, colours, xlabel, spread=None):
+    """One horizontal bar a label, its number beside it. heights: dict label -> number >= 0.
+
+    spread: one number a bar, half the length of a line across its end; None: no such lines.
+    """
+    labels = [textwrap.fill(label, 24) for label in heights]
+    bars = axis.barh(labels, list(heights.values()), xerr=spread, capsize=3,
                      color=[colours.get(label, "#999999") for label in heights])
-    axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.bar_label(bars, fmt="%.1f", padding=3, bbox={"fc": "white", "ec": "none", "pad": 1})
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.set(xlabel=xlabel, xlim=(0, min(max(*heights.values(), 1) * 1.25, 118)))
+
+
+def label_ends(axis, gap=.06):
+    """The label of each line beside its last point, none on top of another, instead of a legend.
+
+    gap: between two labels, as a share of the height.
+    """
+    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    ends = [np.asarray(line.get_xydata())[-1] for line in lines]
+    there = axis.transAxes.inverted().transform(axis.transData.transform(ends))[:, 1]  # 0 to 1
+    order, steps = np.argsort(there, kind="stable"), gap * np.arange(len(lines))
+    # upwards from the lowest, then down again what would stand above the panel
+    places = np.maximum.accumulate(there[order] - steps) + steps
+    places = np.minimum(places, 1 - steps[::-1])
+    for i, place in zip(order, places, strict=True):
+        axis.annotate(lines[i].get_label(), ends[i], (1.04, place), va="center", fontsize=9,
+                      textcoords="axes fraction", color=lines[i].get_color(),
+                      arrowprops={"arrowstyle": "-", "lw": .5, "color": lines[i].get_color()})
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def front_panels(parent, names, fronts, styles, reference, limit, columns, titles):

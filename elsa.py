@@ -1442,44 +1442,94 @@ def report(world, run, state, title, reports):
 
 
 def draw_figure(world, result, path):
-    """Left: distances, clusters, trust. Right: accuracy by round."""
-    title = f"ELSA on {data.short_name(result['dataset'])}, seed {world.args.seed}"
-    with common.figure(path, title, (10.5, 4.4), nrows=1, ncols=2) as (_, (left, right)):
-        draw_distances(left, result, world.poisoned)
-        colours = [common.GREY, common.AMBER, common.ORANGE, common.PINK, common.SKY, common.BLUE]
-        for m, colour in zip(METHODS, colours, strict=True):
-            if m not in result["results"]:
-                continue
-            history = result["results"][m]["history"]
-            rounds = [h["round"] for h in history]
-            right.plot(rounds, [h["served"] for h in history], color=colour, lw=2, marker="o", ms=3,
-                       label=LABELS[m] + (", edges" if m == "elsa" else ""))
-            if m == "elsa":
-                right.plot(rounds, [h["cloud"] for h in history], color=colour, ls="--",
-                           label="ELSA, cloud")
-                for e in range(len(history[-1]["edges"])):
-                    right.plot(rounds, [h["edges"][e] for h in history], color=colour, lw=.6,
-                               alpha=.5)
-        right.legend(frameon=False)
-        right.xaxis.get_major_locator().set_params(integer=True)
-        right.set(xlabel="edge round", ylabel="accuracy on honest clients' tests (%)",
-                  ylim=(0, 101), title="Accuracy")
+    """What clients are served by round; whom ELSA trusts and groups; what crosses the network."""
+    args, results, n = world.args, result["results"], len(result["trust"])
+    sent = {m: r for m, r in results.items() if any(r["bytes"].values())}
+    grouped = "elsa" in results and n > 1
+    widths = [1.3, *[.5, 1] * grouped, *[.8] * bool(sent)]
+    title = f"ELSA on {data.short_name(result['dataset'])}: {n} clients, seed {args.seed}"
+    size = 4.4 * sum(widths), min(max(4.4, 1.4 + .11 * n), 30)
+    with common.figure(path, title, size, ncols=len(widths), width_ratios=widths,
+                       squeeze=False) as (_, (axes,)):
+        draw_accuracy(axes[0], results)
+        if grouped:
+            draw_grouping(*axes[1:3], world, result)
+        if sent:
+            draw_bytes(axes[-1], sent)
 
 
-def draw_distances(axis, result, poisoned):
-    """The distance matrix in the order of the clusters, with every client's trust."""
-    clusters = result["clusters"]
-    order = sorted(range(len(clusters)), key=lambda k: (clusters[k] is None, clusters[k] or 0, k))
-    distance = np.array(result["distance"])[order][:, order]
-    names = [f"{k}{'*' * (k in poisoned)}" for k in order]
-    common.heat_map(axis, np.log10(np.maximum(distance, 1e-2)), "Behavioural distance",
-                    [f"{m}  {result['trust'][k]:.2f}" for m, k in zip(names, order, strict=True)],
-                    names, bar="log10 symmetric KL (nats)")
-    for i in range(1, len(order)):
-        if clusters[order[i]] != clusters[order[i - 1]]:
-            axis.axhline(i - .5, color="white", lw=1.5)
-            axis.axvline(i - .5, color="white", lw=1.5)
-    axis.set(xlabel="client (* poisoned); last block: distrusted", ylabel="client  trust")
+def draw_accuracy(axis, results):
+    """Accuracy by round: a line a method, and ELSA's cloud and single edges."""
+    colours = [common.GREY, common.AMBER, common.ORANGE, common.PINK, common.GREEN, common.BLUE]
+    for m, colour, marker in zip(METHODS, colours, "XvsD^o", strict=True):
+        if m not in results:
+            continue
+        history = results[m]["history"]
+        rounds = [h["round"] for h in history]
+        look = {"color": colour, "marker": marker, "ms": 5}
+        axis.plot(rounds, [h["served"] for h in history], lw=2, **look,
+                  label=LABELS[m] + (": edges" if m == "elsa" else ""))
+        if m == "elsa":
+            axis.plot(rounds, [h["cloud"] for h in history], ls="--", mfc="white", **look,
+                      label="ELSA: cloud")
+            axis.plot(rounds, np.array([h["edges"] for h in history], dtype=float), color=colour,
+                      lw=.6, alpha=.5)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="edge round", ylim=(0, 101), title="Accuracy on honest clients' own tests",
+             ylabel="accuracy (%)" + "; thin: each edge" * ("elsa" in results))
+    common.label_ends(axis)
+
+
+def draw_grouping(left, right, world, result):
+    """Every client's trust, and the distances between clients, in the order of their edges."""
+    trust, args, n = result["trust"], world.args, len(result["trust"])
+    blocks = {f"edge {e}": g for e, g in result["groups"].items()}
+    blocks["distrusted"] = sorted(set(range(n)) - {k for g in blocks.values() for k in g})
+    blocks = {name: g for name, g in blocks.items() if g}
+    order = [k for g in blocks.values() for k in g]
+    left.barh(range(n), [trust[k] for k in order], color=[
+        common.AMBER if k in blocks.get("distrusted", ()) else common.BLUE for k in order])
+    if not args.no_trust:
+        left.axvline(args.trust_factor * np.median(trust), color="black", ls="--", lw=1)
+    names = [f"{k}, {world.poisoned[k]}" if k in world.poisoned else k for k in order]
+    left.set_yticks(range(n), names, fontsize=7)
+    left.set(ylim=(n - .5, -.5), ylabel="client, how poisoned", xlabel="trust (dashed: the floor)",
+             title="Whom ELSA trusts")
+    distance = np.maximum(result["distance"], 1e-2)[order][:, order]
+    np.fill_diagonal(distance, np.nan)
+    image = common.heat_map(right, distance, "How differently they behave", aspect="auto",
+                            norm="log")
+    ends = np.cumsum([len(g) for g in blocks.values()])
+    right.set(xticks=[], xlabel="the same clients")
+    right.yaxis.tick_right()
+    right.set_yticks([e - (len(g) + 1) / 2 for e, g in zip(ends, blocks.values(), strict=True)],
+                     list(blocks))
+    right.tick_params(length=0)
+    for end in ends[:-1]:
+        left.axhline(end - .5, color="black", lw=.6)
+        right.axhline(end - .5, color="white", lw=1.5)
+        right.axvline(end - .5, color="white", lw=1.5)
+    right.figure.colorbar(image, ax=right, label="symmetric KL (nats)")
+
+
+def draw_bytes(axis, results):
+    """Megabytes of a round by kind, a bar a method."""
+    names, left = [LABELS[m] for m in results], np.zeros(len(results))
+    for kind, start, colour, hatch in (
+            ("states", "activations", common.BLUE, ""), ("gradients", "grad", common.SKY, "///"),
+            ("adapters", "adapters", common.AMBER, "..."), ("edge-cloud", "edge", "black", "")):
+        size = np.array([sum(b for name, b in r["bytes"].items() if name.startswith(start))
+                         / 1e6 / len(r["history"]) for r in results.values()])
+        if size.any():
+            bars = axis.barh(names, size, .5, left, color=colour, hatch=hatch, label=kind)
+            left = left + size
+    axis.bar_label(bars, [f"{x:.1f}" for x in left], padding=3)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set(xlabel="MB a round, all clients", xlim=(0, 1.25 * left.max()),
+             title="What crosses the network")
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(.5, -.15), ncols=2,
+                fontsize=8)
 
 
 if __name__ == "__main__":

@@ -1056,29 +1056,45 @@ def suite_table(run, means, labels):
 
 
 def draw_figure(args, found, dataset, path, parts):
-    """Left: prompts per block over epochs, the truth beside it. Right: accuracies."""
-    labels, shown = parts["labels"], parts["shown"]
-    moving = [m for m in shown if m in found] or list(found)[-1:]
-    counts = [np.array(found[m][-1]["counts"]).T for m in moving]  # (L, epochs + 1) each
-    truth = found[moving[0]][-1]["truth"]
-    scale = {"aspect": "auto", "vmin": 0,
-             "vmax": max(*(c.max() for c in counts), max(truth or [1]), 1)}
-    widths = [3] * len(moving) + ([.35] if truth else []) + [2.6]
-    name = data.short_name(dataset)
-    with common.figure(path, f"PRO-VPT on {name}, seed {args.seed}", (3.6 * len(moving) + 5, 3.8),
-                       ncols=len(widths), width_ratios=widths) as (figure, axes):
-        for axis, method, c in zip(axes, moving, counts, strict=False):
-            image = common.heat_map(axis, c, labels.get(method, method), **scale)
-            axis.set(xlabel="epoch", yticks=range(len(c)))
-        axes[0].set_ylabel("block")
-        if truth:
-            common.heat_map(axes[-2], np.array(truth)[:, None], "truth", **scale)
-            axes[-2].set(xticks=[], yticks=range(len(truth)))
-        figure.colorbar(image, ax=list(axes[:-1]), label="prompts", shrink=.9)
+    """Left: accuracies, with a line at that of uniform prompts. Right: where the prompts went."""
+    labels, shown, seeds = parts["labels"], parts["shown"], len(next(iter(found.values())))
+    accuracy = {m: [f["accuracy"] for f in runs] for m, runs in found.items()}
+    # of methods that never move a prompt there is nothing to see
+    moving = [m for m in shown if m in found] or [m for m in found if m in parts["relocations"]][:1]
+    maps = {m: np.array(found[m][-1]["counts"]).T for m in moving}  # (L, epochs + 1) each
+    truth = found[moving[0]][-1]["truth"] if moving else None
+    if truth:
+        maps["planted"] = np.array(truth)[:, None]
+    widths = [2.4, *(.35 if m == "planted" else 3 for m in maps)]
+    title = f"PRO-VPT on {data.short_name(dataset)}, " + "first of its tasks, " * bool(args.suite)
+    with common.figure(path, title + f"seed {args.seed}", (5 + 3.6 * len(moving), 3.8),
+                       ncols=len(widths), width_ratios=widths, squeeze=False) as (figure, (axes,)):
         common.ranked_bars(
-            axes[-1], {labels.get(m, m): statistics.mean(f["accuracy"] for f in runs)
-                       for m, runs in found.items()},
-            {labels[m]: colour for m, colour in shown.items()}, "accuracy (%)")
+            axes[0], {labels.get(m, m): statistics.mean(a) for m, a in accuracy.items()},
+            {labels[m]: colour for m, colour in shown.items()},
+            "accuracy (%)" + f", mean and std of {seeds} seeds" * (seeds > 1),
+            [statistics.stdev(a) for a in accuracy.values()] if seeds > 1 else None)
+        axes[0].set_title("Accuracy")
+        if "vpt-deep" in found and len(found) > 1:
+            axes[0].axvline(statistics.mean(accuracy["vpt-deep"]), color="black", ls="--", lw=1)
+            axes[0].set_title("Accuracy\n(dashed: of uniform prompts)")
+        for axis, (m, c) in zip(axes[1:], maps.items(), strict=True):
+            image = common.heat_map(axis, c, "truth", aspect="auto", cmap="Blues", vmin=0,
+                                    vmax=max(1, *(c.max() for c in maps.values())))
+            for b, n in enumerate(c[:, -1]):
+                axis.annotate(n, (1, b), (4, 0), ("axes fraction", "data"), "offset points",
+                              va="center")
+            if m == "planted":
+                axis.set(xticks=[], yticks=[])
+                continue
+            fit = correlation(c[:, -1].tolist(), truth)
+            axis.set(xlabel="epoch (beside: at the end)", ylabel="block", yticks=range(len(c)),
+                     title=labels[m] + ", last seed" * (seeds > 1)
+                     + (f"\ncorrelation with the truth {fit:.2f}" if fit is not None else ""))
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        if maps:
+            bar = figure.colorbar(image, ax=list(axes[1:]), label="prompts in a block")
+            bar.ax.yaxis.get_major_locator().set_params(integer=True)
 
 
 if __name__ == "__main__":

@@ -243,18 +243,19 @@ def report_curve(world, run, state, result):
 def draw_curve(world, result, path):
     """Accuracy by bytes, a line for each kind of channel, as curve.png beside `path`."""
     title = f"ELSA on {elsa.data.short_name(result['dataset'])}, seed {world.args.seed}"
-    with common.figure(path.with_name("curve.png"), title, (6, 4.4), nrows=1, ncols=1) as (_, axis):
+    with common.figure(path.with_name("curve.png"), title, (7, 4.4), ncols=1) as (_, axis):
         for kind, colour, mark in (
                 ("none", "#000000", "s"), ("sketch, median", common.ORANGE, "o"),
-                ("sketch, lsq", common.AMBER, "o"), ("lowrank", common.GREEN, "^"),
+                ("sketch, lsq", common.AMBER, "v"), ("lowrank", common.GREEN, "^"),
                 ("quant", common.BLUE, "D"), ("lowrank, 8 bits", common.PINK, "*")):
             name = {"quant": ("quant, 8 bits", "quant, 4 bits", "quant, 2 bits")}.get(kind, (kind,))
             rows = sorted(r[1:] for r in result["curve"] if r[0] in name)
             axis.plot([r[0] for r in rows], [r[2] for r in rows], color=colour, marker=mark,
                       ms=13 if mark == "*" else 6, label=kind)
-        axis.set(xscale="log", xlabel="bytes on the link, as a share",
-                 ylabel="accuracy served (%)", ylim=(0, 101), title="Read through a channel")
-        axis.legend(frameon=False)
+        axis.set(xscale="log", xlabel="bytes on the link, as a share of those without a channel",
+                 ylabel="accuracy served (%)", ylim=(0, 101),
+                 title="The trained models read through every channel")
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 # -- The command ---------------------------------------------------------------------------------
