@@ -940,10 +940,22 @@ def ranked_bars(axis, heights, colours, xlabel, spread=None):
     labels = [textwrap.fill(label, 24) for label in heights]
     bars = axis.barh(labels, list(heights.values()), xerr=spread, capsize=3,
                      color=[colours.get(label, "#999999") for label in heights])
-    axis.bar_label(bars, fmt="%.1f", padding=3, bbox={"fc": "white", "ec": "none", "pad": 1})
-    axis.invert_yaxis()
+    axis.bar_label(bars, fmt="%.1f", padding=3, zorder=4,
+                   bbox={"fc": "white", "ec": "none", "pad": 1})
+    longest = max(h + s for h, s in zip(heights.values(), spread or [0] * len(bars), strict=True))
+    lie_down(axis, len(bars), xlabel, min(max(longest, 1) * 1.25, 118))
+
+
+def lie_down(axis, bars, xlabel, end):
+    """The frame of horizontal bars, the first at the top, a single one no thicker than a third."""
+    middle, half = (bars - 1) / 2, max(bars, 3) / 2
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set(xlabel=xlabel, xlim=(0, min(max(*heights.values(), 1) * 1.25, 118)))
+    axis.set(xlabel=xlabel, xlim=(0, end), ylim=(middle + half, middle - half))
+
+
+def whole_ticks(axis):
+    """No ticks between whole numbers on an axis.xaxis or .yaxis."""
+    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def label_ends(axis, gap=.06):

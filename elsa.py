@@ -1447,11 +1447,13 @@ def draw_figure(world, result, path):
     sent = {m: r for m, r in results.items() if any(r["bytes"].values())}
     grouped = "elsa" in results and n > 1
     widths = [1.3, *[.5, 1] * grouped, *[.8] * bool(sent)]
-    title = f"ELSA on {data.short_name(result['dataset'])}: {n} clients, seed {args.seed}"
+    title = (f"ELSA on {data.short_name(result['dataset'])}: {n} client{'s' * (n > 1)}, "
+             + f"channel {args.channel}, " * runs(args, *SPLIT) + f"seed {args.seed}")
     size = 4.4 * sum(widths), min(max(4.4, 1.4 + .11 * n), 30)
     with common.figure(path, title, size, ncols=len(widths), width_ratios=widths,
                        squeeze=False) as (_, (axes,)):
         draw_accuracy(axes[0], results)
+        axes[0].set_title("Accuracy on" + " honest" * bool(world.poisoned) + " clients' own tests")
         if grouped:
             draw_grouping(*axes[1:3], world, result)
         if sent:
@@ -1474,8 +1476,8 @@ def draw_accuracy(axis, results):
                       label="ELSA: cloud")
             axis.plot(rounds, np.array([h["edges"] for h in history], dtype=float), color=colour,
                       lw=.6, alpha=.5)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(xlabel="edge round", ylim=(0, 101), title="Accuracy on honest clients' own tests",
+    common.whole_ticks(axis.xaxis)
+    axis.set(xlabel="edge round", ylim=(0, 101),
              ylabel="accuracy (%)" + "; thin: each edge" * ("elsa" in results))
     common.label_ends(axis)
 
@@ -1489,12 +1491,14 @@ def draw_grouping(left, right, world, result):
     order = [k for g in blocks.values() for k in g]
     left.barh(range(n), [trust[k] for k in order], color=[
         common.AMBER if k in blocks.get("distrusted", ()) else common.BLUE for k in order])
-    if not args.no_trust:
-        left.axvline(args.trust_factor * np.median(trust), color="black", ls="--", lw=1)
     names = [f"{k}, {world.poisoned[k]}" if k in world.poisoned else k for k in order]
     left.set_yticks(range(n), names, fontsize=7)
-    left.set(ylim=(n - .5, -.5), ylabel="client, how poisoned", xlabel="trust (dashed: the floor)",
-             title="Whom ELSA trusts")
+    left.set(ylim=(n - .5, -.5), title="Whom ELSA trusts", xlabel="trust",
+             ylabel="client" + ", how poisoned" * bool(world.poisoned))
+    if not args.no_trust:
+        floor = args.trust_factor * torch.tensor(trust).median()
+        left.axvline(floor.item(), color="black", ls="--", lw=1)
+        left.set_xlabel("trust (dashed: the floor)")
     distance = np.maximum(result["distance"], 1e-2)[order][:, order]
     np.fill_diagonal(distance, np.nan)
     image = common.heat_map(right, distance, "How differently they behave", aspect="auto",
@@ -1523,11 +1527,9 @@ def draw_bytes(axis, results):
         if size.any():
             bars = axis.barh(names, size, .5, left, color=colour, hatch=hatch, label=kind)
             left = left + size
-    axis.bar_label(bars, [f"{x:.1f}" for x in left], padding=3)
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set(xlabel="MB a round, all clients", xlim=(0, 1.25 * left.max()),
-             title="What crosses the network")
+    axis.bar_label(bars, [f"{x:.3g}" for x in left], padding=3)
+    common.lie_down(axis, len(names), "MB a round, all clients", 1.25 * left.max())
+    axis.set_title("What crosses the network")
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(.5, -.15), ncols=2,
                 fontsize=8)
 

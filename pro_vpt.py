@@ -1059,16 +1059,17 @@ def draw_figure(args, found, dataset, path, parts):
     """Left: accuracies, with a line at that of uniform prompts. Right: where the prompts went."""
     labels, shown, seeds = parts["labels"], parts["shown"], len(next(iter(found.values())))
     accuracy = {m: [f["accuracy"] for f in runs] for m, runs in found.items()}
-    # of methods that never move a prompt there is nothing to see
-    moving = [m for m in shown if m in found] or [m for m in found if m in parts["relocations"]][:1]
-    maps = {m: np.array(found[m][-1]["counts"]).T for m in moving}  # (L, epochs + 1) each
-    truth = found[moving[0]][-1]["truth"] if moving else None
-    if truth:
+    # (L, epochs + 1) each; where no prompt moved there is nothing to see
+    maps = {m: np.array(found[m][-1]["counts"]).T for m in found
+            if m in (shown if shown.keys() & found else parts["relocations"])}
+    maps = {m: c for m, c in maps.items() if (c != c[:, :1]).any()}
+    truth, wide = next(iter(found.values()))[-1]["truth"], 5 + 3.6 * len(maps)
+    if truth and maps:
         maps["planted"] = np.array(truth)[:, None]
     widths = [2.4, *(.35 if m == "planted" else 3 for m in maps)]
     title = f"PRO-VPT on {data.short_name(dataset)}, " + "first of its tasks, " * bool(args.suite)
-    with common.figure(path, title + f"seed {args.seed}", (5 + 3.6 * len(moving), 3.8),
-                       ncols=len(widths), width_ratios=widths, squeeze=False) as (figure, (axes,)):
+    with common.figure(path, title + f"seed {args.seed}", (wide, 3.8), ncols=len(widths),
+                       width_ratios=widths, squeeze=False) as (figure, (axes,)):
         common.ranked_bars(
             axes[0], {labels.get(m, m): statistics.mean(a) for m, a in accuracy.items()},
             {labels[m]: colour for m, colour in shown.items()},
@@ -1091,10 +1092,10 @@ def draw_figure(args, found, dataset, path, parts):
             axis.set(xlabel="epoch (beside: at the end)", ylabel="block", yticks=range(len(c)),
                      title=labels[m] + ", last seed" * (seeds > 1)
                      + (f"\ncorrelation with the truth {fit:.2f}" if fit is not None else ""))
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            common.whole_ticks(axis.xaxis)
         if maps:
             bar = figure.colorbar(image, ax=list(axes[1:]), label="prompts in a block")
-            bar.ax.yaxis.get_major_locator().set_params(integer=True)
+            common.whole_ticks(bar.ax.yaxis)
 
 
 if __name__ == "__main__":

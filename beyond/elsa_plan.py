@@ -174,7 +174,8 @@ def draw_plan(result, args, path):
              f"channel {args.channel}")
     rows, cuts, top = result["rows"], result["cuts"], 0
     with common.figure(path, title, (7, 4.4), nrows=1, ncols=1) as (_, axis):
-        for dtype, colour in (("float32", common.ORANGE), ("bfloat16", common.BLUE)):
+        for dtype, colour, mark, side in (("float32", common.ORANGE, "o", 6),
+                                          ("bfloat16", common.BLUE, "s", -14)):
             x = [r[dtype] / 1e6 for r in rows]
             # states have the type of the weights, and so half the bytes where those are halved; a
             # channel of bits or of float32 numbers sends the same whatever they are
@@ -183,9 +184,9 @@ def draw_plan(result, args, path):
             y = [(args.steps * size * (r["step up"] + r["step down"]) + r["adapters"]) / 1e6
                  for r in rows]
             top = max(top, *y)
-            axis.plot(x, y, color=colour, marker="o", ms=4, label=dtype)
+            axis.plot(x, y, color=colour, marker=mark, ms=4, label=dtype)
             for i in {0, len(cuts) // 2, len(cuts) - 1}:
-                axis.annotate("{},{}".format(*cuts[i]), (x[i], y[i]), xytext=(0, 6),
+                axis.annotate("{},{}".format(*cuts[i]), (x[i], y[i]), xytext=(0, side),
                               textcoords="offset points", ha="center", fontsize=8)
         axis.set(xlabel="memory of the client's part (MB); labels: cut p,q",
                  ylabel=f"MB on the link in a round of {args.steps} steps", ylim=(0, 1.2 * top))

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import elsa
 from beyond import elsa_attacks, elsa_channels, elsa_plan
-from tools import ROOT, exit_code, finish, kill, result, start, torchrun
+from tools import ROOT, exit_code, faults, finish, keep_figures, kill, result, start, torchrun
 
 SCRIPTS = {"elsa_channels": elsa_channels, "elsa_attacks": elsa_attacks, "elsa_plan": elsa_plan}
 
@@ -284,7 +284,7 @@ def test_a_plan_is_what_a_real_model_carries_and_sends(small, tmp_path, dtype, c
     assert plan["client FLOPs"] == 2 * plan["edge FLOPs"]
 
 
-def test_a_plan_is_a_table_a_figure_and_a_line(small, tmp_path, capsys):
+def test_a_plan_is_a_table_a_figure_and_a_line(small, tmp_path, capsys, monkeypatch):
     words = ["--ssop-rank", 4, "--channel", "none", "--out-dir"]
     folder = decoder_folder(small, tmp_path)
     capsys.readouterr()
@@ -299,8 +299,9 @@ def test_a_plan_is_a_table_a_figure_and_a_line(small, tmp_path, capsys):
         assert found["cuts"] == [[1, 3], [1, 2]] and (name / "figure.png").exists()
         memory = [r["bfloat16"] for r in found["rows"]]
         assert memory == sorted(memory) and len(set(memory)) == 2
+    figures = keep_figures(monkeypatch)
     elsa_plan.main([str(w) for w in (folder, "--split", "0,2", *words, tmp_path / "one")])
-    assert result(tmp_path / "one")["cuts"] == [[0, 2]]
+    assert result(tmp_path / "one")["cuts"] == [[0, 2]] and faults(figures[0]) == []
     assert exit_code(elsa_plan.main, [folder, "--split", "2,5", *words, tmp_path / "two"]) == 2
     assert "0 <= P <= Q <= 3" in capsys.readouterr().err
     assert exit_code(elsa_plan.main, ["/nowhere/at/all"]) == 2
@@ -405,6 +406,21 @@ def test_stochastic_rounding_follows_the_seed(small, tmp_path):
 def test_a_run_without_elsa_has_nothing_to_report(small, tmp_path, script):
     script.main(arguments(small, "--method", "fedavg", "--rounds", 1, "--out-dir", tmp_path / "a"))
     assert not {"curve", "privacy", "seconds"} & set(result(tmp_path / "a"))
+
+
+def test_the_curve_is_read_without_colours(tmp_path, monkeypatch):
+    figures, names = keep_figures(monkeypatch), ["none"]
+    names += [f"sketch, {r}" for r in ("median",) * 3 + ("lsq",) * 2] + ["lowrank"] * 3
+    names += ["lowrank, 8 bits", "quant, 8 bits", "quant, 4 bits", "quant, 2 bits"]
+    rows = [[name, 1 / (i + 1), .1, 20.0 * (i % 6)] for i, name in enumerate(names)]
+    world = SimpleNamespace(args=SimpleNamespace(seed=0))
+    elsa_channels.draw_curve(world, {"dataset": "topics", "curve": rows}, tmp_path / "figure.png")
+    assert (tmp_path / "curve.png").exists() and faults(figures[0]) == []
+    lines = {line.get_label(): line for line in figures[0].axes[0].lines}
+    assert len({line.get_marker() for line in lines.values()}) == len(lines) == 6
+    # from few bytes to many, whatever the order of the rows
+    assert lines["sketch, median"].get_xdata() == pytest.approx([1 / 4, 1 / 3, 1 / 2])
+    assert sum(len(line.get_xdata()) for line in lines.values()) == len(rows)
 
 
 def test_results_are_safe_before_the_curve_is_drawn(small, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ import torch
 
 import common
 from common import UserError
-from tools import finish, start, torchrun
+from tools import faults, finish, keep_figures, start, tick_labels, torchrun
 
 REPOSITORY = Path(common.__file__).parent
 
@@ -1121,6 +1121,60 @@ def test_any_name_can_be_drawn(name, tmp_path, recwarn):
         right.plot([1, 2], label=name)
         right.legend()
     assert (tmp_path / "f.png").stat().st_size > 1000 and not recwarn.list
+
+
+@pytest.mark.parametrize("ends", [
+    [50], [100] * 7, [0] * 7, [100, 99, 50, 50, 50, 1, 0], [20, 80], [33, 33, 34]])
+def test_labels_stand_at_their_lines_and_apart(ends, tmp_path, monkeypatch):
+    figures = keep_figures(monkeypatch)
+    with common.figure(tmp_path / "f.png", "ends", (5, 4), ncols=1) as (_, axis):
+        for i, end in enumerate(ends):
+            axis.plot([1, 2], [50, end], label=f"line {i}")
+        axis.plot([1, 2], [3, 3])  # no name, no label
+        axis.set_ylim(0, 100)
+        common.label_ends(axis)
+    assert faults(figures[0]) == []
+    places = {t.get_text(): t.xyann[1] for t in axis.texts}
+    places = [places[f"line {i}"] for i in range(len(places))]
+    assert len(places) == len(ends)
+    assert all(p < q for e, p in zip(ends, places, strict=True)
+               for f, q in zip(ends, places, strict=True) if e < f)
+    assert min(places) > -1e-9 and max(places) <= 1
+    if ends == [20, 80]:  # where there is room, exactly there
+        assert [t.xyann[1] for t in axis.texts] == pytest.approx([.2, .8])
+
+
+@pytest.mark.parametrize("values, said", [
+    ([.01, .1, 10], {"0.01", "0.1", "1", "10"}), ([3, 7, 30], {"4", "10", "20"}),
+    ([2e-7, 1e-3], {"1e-06", "0.0001"})])
+def test_log_axes_have_numbers_not_formulas(values, said, tmp_path, monkeypatch):
+    figures = keep_figures(monkeypatch)
+    with common.figure(tmp_path / "f.png", "log", (6, 4), ncols=2) as (drawing, (left, right)):
+        left.plot([1, 2, 3][:len(values)], values)
+        left.set_yscale("log")
+        image = common.heat_map(right, np.array([values]), "colours", norm="log")
+        bar = drawing.colorbar(image, ax=right)
+    assert faults(figures[0]) == []
+    for axes in (left, bar.ax):
+        assert said <= {t.get_text() for t in tick_labels(axes.yaxis)}
+
+
+def test_bars_hold_their_numbers_and_their_spread(tmp_path, monkeypatch):
+    heights = {"a name of more than two dozen letters": 20.0, "b": 1.0}
+    figures = keep_figures(monkeypatch)
+    with common.figure(tmp_path / "f.png", "bars", (5, 3), ncols=2) as (_, (left, right)):
+        common.ranked_bars(left, heights, {"b": "red"}, "accuracy", spread=[15.0, 0.5])
+        common.ranked_bars(right, {"b": 100.0}, {}, "accuracy")
+    assert faults(figures[0]) == []
+    assert [b.get_width() for b in left.patches] == [20, 1]
+    assert [t.get_text() for t in left.texts] == ["20.0", "1.0"]
+    for text, end in zip(left.texts, (35, 1.5), strict=True):  # behind the lines of the spread
+        assert text.get_window_extent().x0 > left.transData.transform((end, 0))[0]
+    assert left.get_xlim()[1] > 35
+    first, second = (b.get_window_extent() for b in left.patches)
+    assert first.y0 > second.y1 and "\n" in left.get_yticklabels()[0].get_text()
+    alone = right.patches[0].get_window_extent()
+    assert right.bbox.y0 < alone.y0 and alone.height < right.bbox.height / 3
 
 
 @pytest.mark.parametrize("name", ["config.json", "figure.png", "toy.py"])

@@ -30,7 +30,9 @@ from tools import (
     PATIENCE,
     ROOT,
     exit_code,
+    faults,
     finish,
+    keep_figures,
     kill,
     result,
     start,
@@ -1630,3 +1632,91 @@ def test_models_of_one_state_are_independent(small):
 def test_every_number_of_blocks_has_a_default_cut(layers, cut):
     world = SimpleNamespace(args=SimpleNamespace(split=None), model=SimpleNamespace(layers=layers))
     assert elsa.pick_cut(world, 0) == cut
+
+
+# ------------------------------------------------------------------------------------------------
+# The figure
+# ------------------------------------------------------------------------------------------------
+
+
+def picture(tmp_path, monkeypatch, methods, clients=6, rounds=4, poisoned=None, lost=(), **flags):
+    """draw_figure of made results: two edges, odd and even clients, less those that are lost."""
+    figures = keep_figures(monkeypatch)
+    args = elsa.resolve(elsa.build_parser().parse_args(["--method", ",".join(methods)]))
+    vars(args).update(flags)
+    groups = {e: [k for k in range(e, clients, 2) if k not in lost] for e in range(2)}
+    groups = {e: g for e, g in groups.items() if g}
+    generator = np.random.default_rng(0)
+    distance = generator.uniform(2, 30, (clients, clients))
+    distance = (distance + distance.T) * (1 - np.eye(clients))
+    sent = {name: 1e6 * rounds * (i + 1) for i, name in enumerate(
+        [*elsa.EXCHANGES, "adapters up", "adapters down", "edge-cloud"])}
+    results = {}
+    for m in methods:
+        several = m == "elsa"
+        results[m] = {"bytes": {k: (size if m in elsa.SPLIT or "adapters" in k else 0.0)
+                                * (m not in elsa.ALONE) for k, size in sent.items()},
+                      "history": [{"round": r, "served": 50.0 + r, "megabytes": 1.0,
+                                   "cloud": None if m == "local" else 40.0 + r,
+                                   "edges": [60.0, None] if several else []}
+                                  for r in range(1, rounds + 1)]}
+    found = {"dataset": "topics", "groups": groups, "results": results, "clusters": None,
+             "distance": distance.tolist(),
+             "trust": [.2 if k in lost else .9 + .01 * k for k in range(clients)]}
+    world = SimpleNamespace(args=args, poisoned=poisoned or {})
+    elsa.draw_figure(world, found, tmp_path / "figure.png")
+    drawing, = figures
+    assert faults(drawing) == []
+    return drawing, {axes.get_title(): axes for axes in drawing.axes}
+
+
+ACCURACY, TRUST, APART, SENT = (
+    "Accuracy on clients' own tests", "Whom ELSA trusts", "How differently they behave",
+    "What crosses the network")
+
+
+def test_the_figure_shows_who_is_served_whom_trust_drops_and_what_it_costs(tmp_path, monkeypatch):
+    drawing, panels = picture(tmp_path, monkeypatch, ["fedavg", "elsa"], lost=[2, 3],
+                              poisoned={2: "label-flip", 4: "random"})
+    first, trust, apart, sent = list(panels)[:4]
+    assert (first, trust, apart, sent) == (ACCURACY.replace("on", "on honest", 1), TRUST, APART,
+                                           SENT)
+    lines = {line.get_label(): line.get_ydata() for line in panels[first].lines}
+    assert [list(lines[name]) for name in ("FedAvg, unsplit", "ELSA: edges", "ELSA: cloud")] == [
+        [51, 52, 53, 54], [51, 52, 53, 54], [41, 42, 43, 44]]
+    assert [t.get_text() for t in panels[trust].get_yticklabels()] == [
+        "0", "4, random", "1", "5", "2, label-flip", "3"]
+    bars = panels[trust].patches
+    assert [b.get_width() for b in bars] == pytest.approx([.9, .94, .91, .95, .2, .2])
+    assert len({b.get_facecolor() for b in bars[:4]}) == 1 != len({b.get_facecolor() for b in bars})
+    # the floor of place_clients: torch's median, the lower of the two in the middle
+    assert panels[trust].lines[0].get_xdata()[0] == pytest.approx(.6 * .9)
+    assert [t.get_text() for t in panels[apart].get_yticklabels()] == [
+        "edge 0", "edge 1", "distrusted"]
+    image = panels[apart].images[0].get_array()
+    assert np.ma.getmaskarray(image).diagonal().all() and image.count() == 30
+    assert [t.get_text() for t in panels[sent].texts] == ["11", "28"]  # 5 + 6; 1 + ... + 7
+    widths = {c.get_label(): [b.get_width() for b in c] for c in panels[sent].containers}
+    assert widths == {"states": [0, 3], "gradients": [0, 7], "adapters": [11, 11],
+                      "edge-cloud": [0, 7]}
+    assert "6 clients, channel sketch" in drawing._suptitle.get_text()
+
+
+@pytest.mark.parametrize("methods, panels", [
+    (["elsa"], [ACCURACY, TRUST, APART, SENT]), (["fedavg"], [ACCURACY, SENT]),
+    (["local"], [ACCURACY]), (elsa.METHODS, [ACCURACY, TRUST, APART, SENT])])
+@pytest.mark.parametrize("rounds", [1, 2, 30])
+def test_only_what_a_run_has_gets_a_panel(methods, panels, rounds, tmp_path, monkeypatch):
+    _, found = picture(tmp_path, monkeypatch, methods, rounds=rounds)
+    assert [name for name in found if name] == panels
+    markers = [line.get_marker() for line in found[ACCURACY].lines
+               if line.get_marker() != "None" and line.get_linestyle() == "-"]
+    assert len(set(markers)) == len(methods)  # told apart without colours
+
+
+@pytest.mark.parametrize("clients", [1, 2, 40, 150])
+def test_any_number_of_clients_is_drawn(clients, tmp_path, monkeypatch):
+    _, found = picture(tmp_path, monkeypatch, ["fedavg", "elsa"], clients=clients, no_trust=True)
+    assert (TRUST in found) == (clients > 1)
+    if clients > 1:
+        assert len(found[TRUST].patches) == clients and found[TRUST].get_xlabel() == "trust"

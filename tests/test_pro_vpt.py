@@ -32,12 +32,15 @@ from tools import (
     ROOT,
     complaints,
     exit_code,
+    faults,
     finish,
     in_float64,
+    keep_figures,
     kill,
     result,
     run_in_one_and_two_processes,
     start,
+    tick_labels,
     wait_for_rows,
 )
 
@@ -1496,3 +1499,57 @@ def test_report_of_a_real_vit_pairs_seeds():
     p = stats.ttest_rel([41, 52, 63], [40, 50, 60]).pvalue
     assert pro_vpt_vit.difference(ours, uniform) == f"+2.00 (p {p:.2g}, 3/3)"
     assert pro_vpt_vit.difference(uniform, uniform) == "-"
+
+
+# ------------------------------------------------------------------------------------------------
+# The figure
+# ------------------------------------------------------------------------------------------------
+
+
+def draw(tmp_path, monkeypatch, accuracies, counts, truth=None, parts=pro_vpt.PARTS):
+    """draw_figure of made runs. accuracies: dict method -> a number a seed; counts: of its last."""
+    figures = keep_figures(monkeypatch)
+    found = {m: [{"accuracy": a, "counts": counts.get(m, [[2, 2]] * 3), "truth": truth}
+                 for a in numbers] for m, numbers in accuracies.items()}
+    args = SimpleNamespace(seed=0, suite=None)
+    pro_vpt.draw_figure(args, found, "planted", tmp_path / "figure.png", parts)
+    drawing, = figures
+    assert faults(drawing) == []
+    return drawing.axes
+
+
+def test_the_figure_shows_whether_relocation_helps_and_where_prompts_go(tmp_path, monkeypatch):
+    moves = [[2, 2, 2], [2, 1, 3], [1, 1, 4]]
+    axes = draw(tmp_path, monkeypatch,
+                {"vpt-deep": [50.0], "random-relocation": [55.0], "pro-vpt": [40.0]},
+                {"pro-vpt": moves, "random-relocation": moves[::-1]}, truth=[0, 1, 5])
+    bars, where, truth, colours = axes
+    assert [b.get_width() for b in bars.patches] == [50, 55, 40]
+    assert list(bars.lines[-1].get_xdata()) == [50, 50] and "uniform" in bars.get_title()
+    assert where.images[0].get_array().tolist() == np.array(moves).T.tolist()
+    assert [t.get_text() for t in where.texts] == ["1", "1", "4"]
+    fit = np.corrcoef([1, 1, 4], [0, 1, 5])[0, 1]
+    assert where.get_title() == f"PRO-VPT\ncorrelation with the truth {fit:.2f}"
+    assert [t.get_text() for t in truth.texts] == ["0", "1", "5"]
+    assert where.images[0].get_clim() == truth.images[0].get_clim() == (0, 5)
+    assert [float(t.get_text()) for t in tick_labels(colours.yaxis)] == list(range(6))
+
+
+@pytest.mark.parametrize("accuracies, moves, titles", [
+    ({"linear": [30.0]}, {}, ["Accuracy"]),
+    ({"pro-vpt": [30.0]}, {"pro-vpt": [[2, 2], [2, 2]]}, ["Accuracy"]),  # nothing moved
+    ({"pro-vpt": [30.0]}, {"pro-vpt": [[2, 2], [1, 3]]}, ["Accuracy", "PRO-VPT", ""]),
+    ({"random-relocation": [0.0]}, {"random-relocation": [[1, 1], [0, 2]]},
+     ["Accuracy", "random relocation", ""]),
+    ({"prune-only": [9.0, 11.0, 13.0], "fixed:0,20,20,20,20,20,20,20,20,20,0,40": [1.0, 2.0, 3.0]},
+     {"prune-only": [[20] * 12, [20] * 11 + [19]]}, ["Accuracy", "pruning only, last seed", ""])])
+def test_only_prompts_that_moved_get_a_map(accuracies, moves, titles, tmp_path, monkeypatch):
+    axes = draw(tmp_path, monkeypatch, accuracies, moves)
+    assert [a.get_title() for a in axes] == titles
+    if titles[-1] == "":  # the colours' bar: no half prompts
+        assert all(float(t.get_text()).is_integer() for t in tick_labels(axes[-1].yaxis))
+    means = [np.mean(a) for a in accuracies.values()]
+    assert [b.get_width() for b in axes[0].patches] == pytest.approx(means)
+    if len(accuracies) > 1:  # three seeds: the length of the lines is their standard deviation
+        (start, _), (end, _) = axes[0].collections[0].get_segments()[0]
+        assert (start, end) == pytest.approx((11 - 2, 11 + 2))

@@ -1,6 +1,7 @@
 """What the tests of all scripts share: running a command, waiting, cutting out its method."""
 import ast
 import builtins
+import contextlib
 import dis
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 import common
 
@@ -298,3 +300,50 @@ def foreign_names(source, allowed):
     defined |= {"__name__", "__module__", "__qualname__"}  # every class body reads or sets these
     read = read_by(compile(source, "section", "exec"))
     return read - defined - set(dir(builtins)) - allowed
+
+
+def keep_figures(monkeypatch):
+    """A list that every figure of common.figure joins as it is saved."""
+    kept, figure = [], common.figure
+
+    @contextlib.contextmanager
+    def keeping(*words, **options):
+        with figure(*words, **options) as (drawing, axes):
+            yield drawing, axes
+        kept.append(drawing)
+    monkeypatch.setattr(common, "figure", keeping)
+    return kept
+
+
+def tick_labels(axis):
+    """The texts at an axis that can be seen."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = (*axis.get_major_ticks(), *axis.get_minor_ticks())
+    return [t for tick in ticks if low - 1e-9 <= tick.get_loc() <= high + 1e-9
+            for t in (tick.label1, tick.label2) if t.get_visible() and t.get_text()]
+
+
+def faults(drawing):
+    """What a stranger would stumble over in a figure: a list, empty if there is nothing."""
+    drawing.draw_without_rendering()
+    words, found = [drawing._suptitle], []
+    for axes in drawing.axes:
+        ticks = [tick_labels(axes.xaxis), tick_labels(axes.yaxis)]
+        words += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks[0], *ticks[1]]
+        found += [t.get_text() for t in (*ticks[0], *ticks[1]) if "$" in t.get_text()]
+        if axes.get_xlabel().split(" (")[0] in ("edge round", "epoch"):
+            found += [t.get_text() for t in ticks[0] if not float(t.get_text()).is_integer()]
+        if not (axes.lines or axes.patches or axes.images or axes.collections):
+            found.append(f"empty: {axes.get_title()}")
+        if axes.get_legend():
+            box = axes.get_legend().get_window_extent()
+            found += [f"legend on: {line.get_label()}" for line in axes.lines
+                      if line.get_path().transformed(line.get_transform())
+                      .intersects_bbox(box, filled=False)]
+    # of an annotation the text alone, without its line
+    boxes = [(t.get_text(), Text.get_window_extent(t)) for t in words if t.get_text()]
+    found += [f"outside: {text}" for text, box in boxes
+              if not drawing.bbox.x0 <= box.x0 <= box.x1 <= drawing.bbox.x1]
+    return found + [f"{a} on {b}" for i, (a, one) in enumerate(boxes) for b, other in boxes[:i]
+                    if min(one.x1, other.x1) - max(one.x0, other.x0) > 1
+                    and min(one.y1, other.y1) - max(one.y0, other.y0) > 1]
