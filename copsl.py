@@ -630,8 +630,8 @@ def measure_late(world, state):
 
 
 def learned_fronts(world, method, state, folder):
-    """All seeds' objectives, K x (S, N, m). The first seed's go to solutions-<method>-<problem>.csv:
-    p, x, f a row."""
+    """All seeds' objectives, K x (S, N, m). Of the first seed solutions-<method>-<problem>.csv: p,
+    x, f a row."""
     net, _ = world.network(method)
     for name, p in net.named_parameters():
         p.data.copy_(torch.stack([state["trained"][method][s][name] for s in world.seeds]))
