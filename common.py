@@ -997,13 +997,14 @@ def front_panels(parent, problems, preferences, fronts, references, hv, looks):
 
 
 def _front_legend(parent, problems, fronts, hv, looks, columns):
-    """Below all panels: each method's mean hypervolume, and in how many seeds the last is above."""
+    """Below all panels: each method's mean hypervolume, and how much larger the last one's is."""
     means = {m: np.mean(list(hv[m].values()), 0) for m in fronts}  # one number a seed
     labels = {m: f"{looks[m][0]}: HV {spread(means[m].tolist())}" for m in fronts}
     *others, main = fronts
-    for m in others:
-        labels[m] += (f"; {looks[main][0].split(',')[0]} above in {(means[main] > means[m]).sum()},"
-                      f" below in {(means[main] < means[m]).sum()} of {len(means[m])} seeds")
+    for m in others:  # seed by seed, which tells a tie from a difference
+        more = means[main] - means[m]
+        labels[m] += f"; {looks[main][0].split(',')[0]} {more.mean():+z.4f}" + (
+            f" ±{more.std(ddof=1):.4f} in the same seeds" if len(more) > 1 else "")
     labels["front"] = "reference front" + " or best points found" * any(
         p.front is None for p in problems)
     labels["floor"] = "closer than its single points can tell"
@@ -1060,4 +1061,4 @@ def _draw_fronts(axes, learned, reference, looks, limit=1.3):
         axis.set_major_formatter(lambda v, _: f"{v:g}")
     if deep:
         axes.view_init(25, 40)
-        axes.set_box_aspect(None, zoom=.9)
+        axes.set_box_aspect(None, zoom=.85)

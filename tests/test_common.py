@@ -1154,7 +1154,7 @@ def drawn_fronts(path, which=(0, 1, 2, 3), methods="ab"):
         references.append(low + wide * plane)
         for method, shifts in (("a", (.4, .8)), ("b", (-.5 * (k == 2),) * 2)):
             fronts[method].append(low + wide * torch.stack([plane + s / m ** .5 for s in shifts]))
-    hv = {"a": {p.name: [.5, .7] for p in problems}, "b": {p.name: [.6, .6] for p in problems}}
+    hv = {"a": {p.name: [.5, .8] for p in problems}, "b": {p.name: [.6, .6] for p in problems}}
     looks = {"a": ("A, apart", common.BLUE, "x", "--"), "b": ("B", common.ORANGE, "o", "-")}
 
     def part(values):
@@ -1192,10 +1192,10 @@ def test_panels_show_distances_to_the_front(tmp_path, recwarn):
             assert len(left.lines) == 3 and left.lines[0].get_label() == "front"
     x, y = pairs[0][0].lines[1].get_data()
     assert x == pytest.approx(firsts[0] + .4 / 2 ** .5) and x + y == pytest.approx(1 + .4 * 2 ** .5)
-    assert pairs[2][1].get_title() == ("p2: HV A\xa00.6000\xa0±0.1414, B\xa00.6000\xa0±0.0000, "
+    assert pairs[2][1].get_title() == ("p2: HV A\xa00.6500\xa0±0.2121, B\xa00.6000\xa0±0.0000, "
                                        "ideal\xa0estimated,\nnadir\xa0estimated")
     assert [t.get_text() for t in drawing.legends[0].get_texts()] == [
-        "A, apart: HV 0.6000 ±0.1414; B above in 1, below in 1 of 2 seeds",
+        "A, apart: HV 0.6500 ±0.2121; B -0.0500 ±0.2121 in the same seeds",
         "B: HV 0.6000 ±0.0000", "reference front or best points found",
         "closer than its single points can tell"]
     assert drawing.legends[0].get_title().get_text() == (
