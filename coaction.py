@@ -719,48 +719,42 @@ def report(world, run, state):
 
 
 def draw_figure(world, run, state, results, own, path):
-    """Left: fronts per task (first seed of rank 0). Right: mean attention between tasks."""
-    looks = {"coaction": (common.BLUE, "o"), "copsl": (common.ORANGE, "x"),
-             "psl": (common.AMBER, "^"), "no-attention": (common.GREEN, "+"),
-             "no-embedding": (common.PINK, "s")}
-    styles = {m: (METHODS[m].strip(), *look) for m, look in looks.items()}
-    shown = [m for m in ("psl", "copsl", "coaction") if m in results] or list(results)[:3]
-    problems, names = world.problems, [p.name for p in world.problems]
-
-    def share(values):
-        return [(f.cpu().double() - p.ideal) / (p.nadir - p.ideal)
-                for f, p in zip(values, problems, strict=True)]
-    fronts = {}
-    for method in shown:
+    """Left: of each task the first seed's fronts, and all seeds' distances to the reference front.
+    Right: mean attention between tasks."""
+    looks = {"no-embedding": (common.PINK, "s", "-."), "no-attention": (common.GREEN, "+", "-."),
+             "psl": (common.AMBER, "^", ":"), "copsl": (common.ORANGE, "x", "--"),
+             "coaction": (common.BLUE, "o", "-")}
+    looks = {m: (METHODS[m].strip(), *look) for m, look in looks.items() if m in results}
+    problems, fronts = world.problems, {}
+    for method in looks:  # the others are compared with the last
         net, _ = world.network(method)
         for name, p in net.named_parameters():
             p.data.copy_(torch.stack([state["trained"][method][s][name] for s in world.seeds]))
         history = state["done"][method]["history"]
-        kept = history[max(history)][world.seeds[0]]["fronts"]  # own tasks are not evaluated again
-        fronts[method] = share(kept[k] if k in kept else f[0]
-                               for k, f in enumerate(world.fronts(net, kept)))
+        last = history[max(history)]
+        kept = last[world.seeds[0]]["fronts"]  # own tasks are not evaluated again
+        fronts[method] = [
+            torch.stack([last[s]["fronts"][k] for s in world.seeds]) if k in kept else f
+            for k, f in enumerate(world.fronts(net, kept))]
     count = 400 if world.args.reference is None else world.args.reference
-    references = share(own[k] if k in own else data.reference_front(
-        p, 400 if p.front else count, progress=run.progress) for k, p in enumerate(problems))
-    titles = []
-    for k, (n, p) in enumerate(zip(names, problems, strict=True)):
-        beyond = sum(int((fronts[m][k] > 1.6).any(-1).sum()) for m in shown)
-        hv = sum(results[shown[-1]]["hv"][n]) / world.args.seeds
-        titles.append(f"{n}  HV {hv:.3f}" + (f", {beyond} points beyond" if beyond else "")
-                      + f"\n{', '.join(p.estimated)} estimated" * bool(p.estimated))
-    columns = min(len(names), 3 if len(names) <= 9 else 6)
-    wide, tall = 3.2 * columns, max(3.0 * -(-len(names) // columns), 4.2)
-    heat = results.get("coaction", {}).get("attention")
-    title = (f"CoAction: normalised fronts, seed {world.seeds[0]}; HV of "
-             f"{METHODS[shown[-1]].strip()}, mean of {world.args.seeds} seeds")
-    with common.figure(path, title, (wide + (5.4 if heat else 0), tall)) as (drawing, _):
-        parts = drawing.subfigures(1, 2, width_ratios=(wide, 5.4)) if heat else [drawing]
-        common.front_panels(parts[0], names, fronts, styles, references, 1.6, columns, titles)
+    references = [own[k] if k in own else data.reference_front(
+        p, 10_000 if p.front else count, progress=run.progress) for k, p in enumerate(problems)]
+    names = [p.name for p in problems]
+    heat = results.get("coaction", {}).get("attention") if len(names) > 1 else None
+    _, (wide, tall) = common.front_size(len(names))
+    with common.figure(path, f"CoAction, {world.args.recipe} recipe: how far the learned points "
+                       "are from the front",
+                       (wide + (4.8 if heat else 0), tall)) as (drawing, _):
+        parts = drawing.subfigures(1, 2, width_ratios=(wide, 4.8)) if heat else [drawing]
+        common.front_panels(parts[0], problems, world.tests, fronts, references,
+                            {m: results[m]["hv"] for m in looks}, looks)
         if heat:
             axes = parts[1].add_subplot()
-            common.heat_map(axes, heat, f"mean attention (uniform: {1 / len(names):.2f})", names,
-                            names, "weight", cmap="cividis", vmin=0)
+            shown = common.heat_map(axes, heat, "", names, names, cmap="cividis", vmin=0)
+            axes.set_title("attention between tasks, mean over seeds", fontsize=8)
             axes.set(xlabel="is read", ylabel="reads")
+            parts[1].colorbar(shown, ax=axes, location="bottom", shrink=.8,
+                              label=f"weight (uniform: {1 / len(names):.2f})")
 
 
 if __name__ == "__main__":

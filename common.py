@@ -847,6 +847,18 @@ def sparsity(points):
     return (f.sort(0)[0].diff(dim=0) ** 2).sum().item() / (len(f) - 1)
 
 
+def distance_to_front(points, front):
+    """How far points lie behind a front: 0 where they are as good as one of its points.
+
+    min over the front's points r of ‖max(f - r, 0)‖, all objectives minimised. points: (..., m),
+    front: (R, m), R > 0 -> (...). Source: d+ of Ishibuchi et al., "Modified Distance Calculation in
+    Generational Distance and Inverted Generational Distance", EMO 2015.
+    """
+    rows = points.reshape(-1, points.shape[-1]).split(max(1, 10 ** 7 // front.numel()))
+    return torch.cat([(f[:, None] - front).clamp_min(0).norm(dim=-1).amin(1)
+                      for f in rows]).view(points.shape[:-1])
+
+
 def _array(values):
     """A tensor on any device, an array or a list -> a float64 array, never through float32."""
     if isinstance(values, torch.Tensor):
@@ -977,32 +989,124 @@ def label_ends(axis, gap=.06):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def front_panels(parent, names, fronts, styles, reference, limit, columns, titles):
-    """One panel a problem: its reference front in grey, and the front of each method.
+def front_size(count):
+    """Columns of front_panels for so many problems, and its size in inches: (width, height)."""
+    columns = math.ceil(math.sqrt(.6 * count))
+    return columns, (4.8 * columns, 2.4 * -(-count // columns) + 1.2)
 
-    parent: a figure or subfigure; names: K problems; fronts: dict method -> K tensors (N, m), m = 2
-    or more (of which three are drawn); styles: method -> (label, colour, marker); reference: K
-    tensors (N, m); limit: points beyond it in some objective are not drawn; titles: K texts.
+
+def front_panels(parent, problems, preferences, fronts, references, hv, looks):
+    """Of each problem the first seed's fronts, and how far all points are from the reference front.
+
+    Objectives as shares of the range from ideal to nadir. More than 3 of them cannot be seen at
+    once: in place of the fronts stands how far the reference is from the learned points.
+
+    parent: a figure or subfigure; problems: K with name, n_obj, ideal, nadir, estimated, and front:
+    None where the best points found stand for it; preferences: K tensors (N, m); fronts: dict
+    method -> K tensors (S, N, m), the last method the one that others are compared with;
+    references: K tensors (R, m); hv: dict method -> {problem: one hypervolume a seed}; looks: dict
+    method -> (label, colour, marker, line style).
     """
-    columns = min(len(names), columns)
-    rows = -(-len(names) // columns)
-    for k in range(len(names)):
-        deep = reference[k].shape[1] >= 3
-        axes = parent.add_subplot(rows, columns, k + 1, projection="3d" if deep else None)
-        sets = [("reference", "#AAAAAA", ".", 3, reference[k])]
-        sets += [(*styles[m], 11, f[k]) for m, f in fronts.items()]
-        for label, colour, marker, size, f in sets:
-            f = f[(f <= limit).all(-1)]
-            axes.scatter(*f[:, :3].T, s=size, color=colour, marker=marker, linewidths=.7, alpha=.8,
-                         label=label)
-        axes.set_title(titles[k], fontsize=8)
-        axes.tick_params(labelsize=6)
-        axes.locator_params(nbins=4)
-        axes.set_xlabel("f₁", fontsize=7, labelpad=1)
-        axes.set_ylabel("f₂", fontsize=7, labelpad=1)
-        if deep:
-            axes.set_zlabel("f₃", fontsize=7)
-            axes.view_init(25, 40)
-        if k == 0:
-            handles = axes.get_legend_handles_labels()
-    parent.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    columns, _ = front_size(len(problems))
+    grid = parent.add_gridspec(-(-len(problems) // columns), 2 * columns,
+                               width_ratios=[2, 3] * columns)
+    for k, p in enumerate(problems):
+        cells = [grid[k // columns, 2 * (k % columns) + i] for i in range(2)]
+        left = parent.add_subplot(cells[0], projection="3d" if p.n_obj == 3 else None)
+        right = parent.add_subplot(cells[1])
+        low, wide = p.ideal, p.nadir - p.ideal
+        learned = {m: (f[k].cpu().double() - low) / wide for m, f in fronts.items()}  # (S, N, m)
+        reference = (references[k] - low) / wide
+        if p.front is None:
+            reference = torch.cat([reference, *(f.flatten(0, 1) for f in learned.values())])
+            reference = reference[non_dominated(reference)]
+        # How far most of the reference's points are from the others: it tells nothing below that
+        some = reference[::-(-len(reference) // 500)]
+        apart = (some[:, None] - reference).clamp_min(0).norm(dim=-1).sort(1)[0][:, :2].amax(1)
+        floor = max(1e-6, apart.quantile(.9).item())
+        t = preferences[k].cpu().double()
+        _draw_distances(right, {m: distance_to_front(f, reference) for m, f in learned.items()},
+                        looks, floor, t[:, 0] / t.sum(1) if p.n_obj == 2 else None)
+        right.set_xlabel("preference p₁" if p.n_obj == 2 else "share of the points, nearest first",
+                         fontsize=7, labelpad=1)
+        right.set_ylabel(f"distance to the {'front' if p.front else 'best found'}", fontsize=7)
+        if p.n_obj <= 3:
+            _draw_fronts(left, learned, reference, looks)
+        else:
+            gaps = {m: torch.stack([distance_to_front(-some, -one) for one in f])
+                    for m, f in learned.items()}
+            _draw_distances(left, gaps, looks, floor)
+            left.set_xlabel("share of the front, nearest first", fontsize=7, labelpad=1)
+            left.set_ylabel("distance to the points", fontsize=7)
+        told = [*(f"{looks[m][0].split(',')[0]} {spread(hv[m][p.name])}" for m in fronts),
+                *(f"{which} estimated" for which in p.estimated)]
+        told = f"{p.name}: HV " + ", ".join(part.replace(" ", "\xa0") for part in told)
+        # Above both panels. Its middle has to lie over one of them, or layout would set them apart
+        right.set_title(textwrap.fill(printable(told), 64), fontsize=8, x=.01, pad=9)
+    _front_legend(parent, problems, fronts, hv, looks, columns)
+
+
+def _front_legend(parent, problems, fronts, hv, looks, columns):
+    """Below all panels: each method's mean hypervolume, and how much larger the last one's is."""
+    means = {m: np.mean(list(hv[m].values()), 0) for m in fronts}  # one number a seed
+    labels = {m: f"{looks[m][0]}: HV {spread(means[m].tolist())}" for m in fronts}
+    *others, main = fronts
+    for m in others:  # seed by seed, which tells a tie from a difference
+        more = means[main] - means[m]
+        labels[m] += f"; {looks[main][0].split(',')[0]} {more.mean():+z.4f}" + (
+            f" ±{more.std(ddof=1):.4f} in the same seeds" if len(more) > 1 else "")
+    labels["front"] = "reference front" + " or best points found" * any(
+        p.front is None for p in problems)
+    labels["floor"] = "closer than its single points can tell"
+    handles = {h.get_label(): h for a in parent.axes for h in a.get_legend_handles_labels()[0]}
+    labels = {name: label for name, label in labels.items() if name in handles}
+    seeds = len(fronts[main][0])
+    notes = ["HV: hypervolume, larger is better" + ", mean of the problems" * (len(problems) > 1)]
+    if seeds > 1:
+        notes += [f"distances: median and middle half of {seeds} seeds",
+                  *["fronts: the first seed"] * ("front" in labels)]
+    parent.legend([handles[name] for name in labels],
+                  [textwrap.fill(label, 80) for label in labels.values()],
+                  loc="outside lower center", ncols=columns, frameon=False, fontsize=7,
+                  title_fontsize=7, title=textwrap.fill("; ".join(notes), 85 * columns))
+
+
+def _draw_distances(axes, distances, looks, floor, x=None):
+    """The median over the seeds and their middle half, log scale. distances: dict method -> (S, N);
+    floor > 0: less than that is not known; x: (N,), or None where there is no order: sorted."""
+    for i, (method, d) in enumerate(distances.items()):
+        _, colour, marker, line = looks[method]
+        d = (d.sort(1)[0] if x is None else d).clamp_min(floor)
+        low, middle, high = d.quantile(torch.tensor([.25, .5, .75]).to(d), 0)
+        at = torch.linspace(0, 1, len(middle)) if x is None else x
+        axes.fill_between(at, low, high, color=colour, alpha=.2, linewidth=0)
+        axes.plot(at, middle, line, color=colour, marker=marker, markersize=4, linewidth=1.3,
+                  markevery=(len(at) // 30 * i, max(1, len(at) // 10)), label=method)
+    axes.axhspan(floor / 2, floor, color="#DDDDDD", label="floor")
+    top = max(10 * floor, *(d.max().item() for d in distances.values()))
+    axes.set(yscale="log", ylim=(floor / 2, 10. ** math.ceil(math.log10(top))))
+    axes.tick_params(labelsize=6)
+
+
+def _draw_fronts(axes, learned, reference, looks, limit=1.3):
+    """The first seed's points (N, 2 or 3), but for those beyond the limit in some objective."""
+    deep = reference.shape[1] == 3
+    sets = [("#AAAAAA", ".", 1.5, reference)]
+    for colour, marker, size, f in sets + [(*looks[m][1:3], 3, f[0]) for m, f in learned.items()]:
+        axes.plot(*f[(f <= limit).all(1)].T, linestyle="", marker=marker, markersize=size,
+                  color=colour, fillstyle="none", markeredgewidth=.6,
+                  label="front" if f is reference else None)
+    points = torch.cat([f[0] for f in learned.values()])
+    if beyond := int((points > limit).any(1).sum()):
+        axes.annotate(f"{beyond} of {len(points)} points beyond", (1, 1.01), fontsize=6,
+                      xycoords="axes fraction", ha="right", va="bottom")
+    axes.tick_params(labelsize=6, pad=-4 if deep else 2)
+    axes.locator_params(nbins=3)
+    axis_of = [axes.xaxis, axes.yaxis, *([axes.zaxis] if deep else [])]
+    for j, (axis, pad) in enumerate(zip(axis_of, [-9, -9, -12] if deep else [1, 1], strict=True)):
+        axis.set_label_text(f"f{'₁₂₃'[j]}", fontsize=7)
+        axis.labelpad = pad
+        axis.set_major_formatter(lambda v, _: f"{v:g}")
+    if deep:
+        axes.view_init(25, 40)
+        axes.set_box_aspect(None, zoom=.85)

@@ -630,22 +630,25 @@ def measure_late(world, state):
 
 
 def learned_fronts(world, method, state, folder):
-    """The first seed's objectives, K x (N, m); solutions-<method>-<problem>.csv: p, x, f a row."""
+    """All seeds' objectives, K x (S, N, m). Of the first seed solutions-<method>-<problem>.csv: p,
+    x, f a row."""
     net, _ = world.network(method)
     for name, p in net.named_parameters():
         p.data.copy_(torch.stack([state["trained"][method][s][name] for s in world.seeds]))
     history = state["done"][method]["history"]
-    kept = history[max(history)][world.seeds[0]]["fronts"]  # a user's function may take its time
+    last = history[max(history)]
     with torch.no_grad():
-        xs = [x[0] for x in net(world.test.expand(len(world.seeds), -1, -1))]
+        xs = net(world.test.expand(len(world.seeds), -1, -1))
     fronts = []
     for k, (problem, name) in enumerate(zip(world.problems, data.file_names(world.problems),
                                             strict=True)):
         low, width = world.boxes[k]
         x = low + width * xs[k].to(low)
-        f = kept[k] if problem.own else problem(x)
-        fronts.append(f.cpu())
-        rows = torch.cat([world.test.cpu(), x.cpu(), f.cpu()], -1).double().numpy()
+        # a user's function may take its time, so its values are kept
+        f = torch.stack([last[s]["fronts"][k] if problem.own else problem(x[i])
+                         for i, s in enumerate(world.seeds)]).cpu()
+        fronts.append(f)
+        rows = torch.cat([world.test.cpu(), x[0].cpu(), f[0]], -1).double().numpy()
         header = [f"{name}{i + 1}" for name, n in
                   (("p", world.n_obj), ("x", problem.n_var), ("f", world.n_obj)) for i in range(n)]
         common.atomic_write(
@@ -698,27 +701,18 @@ def report(world, run, state):
 
 
 def draw_figure(world, fronts, results, references, path):
-    """One panel per problem: the reference front, each method's front (first seed), mean HV."""
-    colours = [common.ORANGE, common.GREEN, common.BLUE]
-    styles = dict(zip(METHODS, zip(METHODS.values(), colours, "ox^", strict=True), strict=True))
-    names, count, seeds = [p.name for p in world.problems], len(world.problems), world.args.seeds
-
-    def hv(name):
-        return ", ".join(f"{METHODS[m].split(',')[0]} {sum(results[m]['hv'][name]) / seeds:.4f}"
-                         for m in fronts)
-
-    def scaled(front):  # as the authors draw it, unless a nadir is not above 0
-        return [f / p.nadir if (p.nadir > 0).all() else (f - p.ideal) / (p.nadir - p.ideal)
-                for f, p in zip(front, world.problems, strict=True)]
-    titles = [f"{p.name}   HV {hv(p.name)}"
-              + f"\n{', '.join(p.estimated)} estimated" * bool(p.estimated)
-              + "\n(f - ideal) / (nadir - ideal)" * bool((p.nadir <= 0).any())
-              for p in world.problems]
-    with common.figure(path, f"CoPSL: learned fronts of seed {world.args.seed} as f / nadir; mean "
-                       f"normalised HV of {seeds} seeds, {world.args.recipe} recipe",
-                       (4.4 * min(count, 3), 3.6 * -(-count // 3) + .5)) as (drawing, _):
-        common.front_panels(drawing, names, {m: scaled(f) for m, f in fronts.items()}, styles,
-                            scaled(references), 1.3, 3, titles)
+    """Of each problem the first seed's fronts, and all seeds' distances to the reference front."""
+    looks = {"psl": (common.BLUE, "^", "--"), "copsl-gradnorm": (common.GREEN, "x", ":"),
+             "copsl": (common.ORANGE, "o", "-")}
+    looks = {m: (METHODS[m], *look) for m, look in looks.items()}
+    fronts = {m: fronts[m] for m in looks if m in fronts}  # others are compared with the last
+    references = [data.reference_front(p, 10_000) if p.front and not p.own else r
+                  for p, r in zip(world.problems, references, strict=True)]
+    with common.figure(path, f"CoPSL, {world.args.recipe} recipe: how far the learned points "
+                       "are from the front",
+                       common.front_size(len(world.problems))[1]) as (drawing, _):
+        common.front_panels(drawing, world.problems, [world.test] * len(world.problems), fronts,
+                            references, {m: results[m]["hv"] for m in fronts}, looks)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tools import (
     assert_same_run,
     calls,
     cut_power,
+    drawn_fronts,
     exit_code,
     finish,
     flat,
@@ -635,6 +636,27 @@ def test_mixed_objectives_with_figure_and_four_of_them(tmp_path, capsys):
     assert Image.open(folder / "figure.png").size[0] > 1000
     rows = [t.split() for t in capsys.readouterr().out.splitlines() if t.startswith("dtlz2-4")]
     assert [r[1] == "-" for r in rows] == [False, True, False]
+
+
+@pytest.mark.parametrize("tasks", [["dtlz2-3", "Open", "dtlz2-5"], ["f1"]])
+def test_figure_has_the_fronts_that_were_measured(tmp_path, monkeypatch, capsys, tasks):
+    path, folder = write_kinds(tmp_path / "mine.py"), tmp_path / "a"
+    maps, draw = [], common.heat_map
+    monkeypatch.setattr(common, "heat_map", lambda *a, **b: maps.append(a) or draw(*a, **b))
+    given, hv = drawn_fronts(monkeypatch, coaction.main, arguments(
+        "--problems", *(t.replace("Open", f"{path}:Open") for t in tasks), "--method", "all",
+        "--steps", 10, "--out-dir", folder))
+    problems, preferences, fronts, references, drawn, _ = given
+    found = {m: r["hv"] for m, r in result(folder)["results"].items()}
+    peers = ["psl", *["copsl"] * (len(tasks) == 1)]
+    assert list(fronts) == ["no-embedding", "no-attention", *peers, "coaction"] and drawn == found
+    for m in fronts:
+        for name, numbers in found[m].items():
+            assert hv[m][name] == pytest.approx(numbers, abs=1e-6)
+    assert [f.shape for f in fronts["psl"]] == [(2, len(t), p.n_obj) for t, p in
+                                                zip(preferences, problems, strict=True)]
+    assert len(references[0]) > 5000 and len(maps) == (len(tasks) > 1)  # one task reads itself
+    assert "could not be drawn" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suite", sorted(coaction.SUITES))

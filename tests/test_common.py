@@ -1177,6 +1177,100 @@ def test_bars_hold_their_numbers_and_their_spread(tmp_path, monkeypatch):
     assert right.bbox.y0 < alone.y0 and alone.height < right.bbox.height / 3
 
 
+def test_distance_to_front():
+    """On a dense straight front that of a point from a line; 0 where it is as good as a point."""
+    t = torch.linspace(0, 1, 6001, dtype=torch.float64)
+    line = torch.stack([t, 1 - t], 1)
+    points = torch.rand(3, 700, 2, generator=torch.Generator().manual_seed(0)).double()
+    found = common.distance_to_front(points, line)  # (3, 700); more than one block of rows
+    expected = (points.sum(-1) - 1).clamp_min(0) / math.sqrt(2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    corner = common.distance_to_front(torch.tensor([[4., 5, 1], [0, 3, 9]]), torch.ones(1, 3))
+    assert corner.tolist() == pytest.approx([5, math.sqrt(68)])
+
+
+def drawn_fronts(path, which=(0, 1, 2, 3), methods="ab"):
+    """The figure of problems of 2, 3, 2 and 5 objectives, which have plane fronts.
+
+    Method a lies .4 behind the plane in seed 0 and .8 in seed 1, b in it; but of the third problem
+    no front is known, and b lies .5 before the points that are given for it.
+    """
+    problems, preferences, references, fronts = [], [], [], {"a": [], "b": []}
+    for k, m in enumerate((2, 3, 2, 5)):
+        low, wide = torch.full((m,), -7.).double(), 10. ** torch.arange(m).double()
+        problems.append(argparse.Namespace(
+            name=f"p{k}", n_obj=m, ideal=low, nadir=low + wide, front=None if k == 2 else print,
+            estimated=["ideal", "nadir"] if k == 2 else []))
+        drawn = torch.rand(30, m, generator=torch.Generator().manual_seed(k)).double()
+        plane = drawn / drawn.sum(1, keepdim=True)
+        plane = plane[plane[:, 0].argsort()]
+        preferences.append(3 * plane)  # of any length
+        references.append(low + wide * plane)
+        for method, shifts in (("a", (.4, .8)), ("b", (-.5 * (k == 2),) * 2)):
+            fronts[method].append(low + wide * torch.stack([plane + s / m ** .5 for s in shifts]))
+    hv = {"a": {p.name: [.5, .8] for p in problems}, "b": {p.name: [.6, .6] for p in problems}}
+    looks = {"a": ("A, apart", common.BLUE, "x", "--"), "b": ("B", common.ORANGE, "o", "-")}
+
+    def part(values):
+        return [values[k] for k in which]
+    with common.figure(path, "fronts", common.front_size(len(which))[1]) as (drawing, _):
+        common.front_panels(drawing, part(problems), part(preferences), {
+            m: part(fronts[m]) for m in methods}, part(references), {m: hv[m] for m in methods},
+            looks)
+    drawing.canvas.draw()
+    return drawing, [p[:, 0] / 3 for p in preferences]
+
+
+def test_panels_show_distances_to_the_front(tmp_path, recwarn):
+    drawing, firsts = drawn_fronts(tmp_path / "f.png")
+    pairs = list(zip(drawing.axes[::2], drawing.axes[1::2], strict=True))
+    assert len(pairs) == 4 and not recwarn.list
+    for k, (left, right) in enumerate(pairs):
+        ordered, known = k in (0, 2), k != 2
+        assert right.get_xlabel() == ("preference p₁" if ordered else
+                                      "share of the points, nearest first")
+        assert right.get_ylabel() == f"distance to the {'front' if known else 'best found'}"
+        for axes in (left, right) if k == 3 else (right,):  # 5 objectives: to the front and from it
+            a, b = ({line.get_label(): line for line in axes.lines}[m] for m in "ab")
+            assert axes.get_yscale() == "log"
+            assert a.get_xdata() == pytest.approx(firsts[k] if ordered else np.linspace(0, 1, 30))
+            # Σ (f - r) / √m is the same for all points r of the plane, and d+ is no less
+            far = .6 if known else 1.1
+            assert a.get_ydata() == pytest.approx(far)  # median of two seeds
+            band = axes.collections[0].get_paths()[0].vertices[:, 1]
+            assert (band.min(), band.max()) == pytest.approx((far - .1, far + .1))
+            assert b.get_ydata() == pytest.approx(2 * axes.get_ylim()[0])  # nearer than can be told
+            ticks = [t.get_text() for t in axes.get_yticklabels()]
+            assert "1" in ticks and not any("$" in t for t in ticks)
+        if k != 3:  # the fronts of the first seed, behind them the reference
+            assert len(left.lines) == 3 and left.lines[0].get_label() == "front"
+    x, y = pairs[0][0].lines[1].get_data()
+    assert x == pytest.approx(firsts[0] + .4 / 2 ** .5) and x + y == pytest.approx(1 + .4 * 2 ** .5)
+    assert pairs[2][1].get_title() == ("p2: HV A\xa00.6500\xa0±0.2121, B\xa00.6000\xa0±0.0000, "
+                                       "ideal\xa0estimated,\nnadir\xa0estimated")
+    assert [t.get_text() for t in drawing.legends[0].get_texts()] == [
+        "A, apart: HV 0.6500 ±0.2121; B -0.0500 ±0.2121 in the same seeds",
+        "B: HV 0.6000 ±0.0000", "reference front or best points found",
+        "closer than its single points can tell"]
+    assert drawing.legends[0].get_title().get_text() == (
+        "HV: hypervolume, larger is better, mean of the problems; distances: median and middle "
+        "half of 2 seeds; fronts: the first seed")
+
+
+@pytest.mark.parametrize("which, methods", [
+    ((0,), "a"), ((1,), "ab"), ((3,), "b"), ((2, 3), "ab"), ((0, 1, 2, 3) * 3, "ab")])
+def test_panels_legend_and_titles_do_not_cover_each_other(which, methods, tmp_path):
+    drawing, _ = drawn_fronts(tmp_path / "f.png", which, methods)
+    boxes = [axes.get_window_extent() for axes in drawing.axes]
+    boxes += [axes.title.get_window_extent() for axes in drawing.axes if axes.get_title()]
+    boxes += [drawing.legends[0].get_window_extent(), drawing._suptitle.get_window_extent()]
+    assert len(boxes) == 3 * len(which) + 2
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.padded(-1).overlaps(other.padded(-1))
+    assert all(drawing.bbox.count_contains(box.corners()) == 4 for box in boxes)
+    assert all(axes.lines for axes in drawing.axes)
+
+
 @pytest.mark.parametrize("name", ["config.json", "figure.png", "toy.py"])
 @pytest.mark.parametrize("how", [{}, {"overwrite": True}])
 def test_files_that_no_run_wrote_are_not_written_over(name, how, make_run):

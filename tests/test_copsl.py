@@ -22,6 +22,7 @@ from tools import (
     assert_same_run,
     calls,
     cut_power,
+    drawn_fronts,
     exit_code,
     finish,
     in_float64,
@@ -718,6 +719,25 @@ def test_own_problem(run_here, tmp_path):
     hv = result(folder)["results"]["copsl"]["hv"]
     assert list(hv) == ["Bend", "f1"] and all(.4 < v < .88 for v in hv["Bend"])
     assert (folder / "solutions-copsl-Bend.csv").read_text().startswith("p1,p2,x1,x2,x3,f1,f2\n")
+
+
+def test_figure_has_the_fronts_that_were_measured(tmp_path, monkeypatch, capsys):
+    path, folder = write_kinds(tmp_path / "mine.py"), tmp_path / "a"
+    given, hv = drawn_fronts(monkeypatch, copsl.main, arguments(
+        "--problems", f"f1,{path}:Open", "--method", "copsl,psl,copsl-gradnorm", "--recipe",
+        "tuned", "--out-dir", folder))
+    _, preferences, fronts, references, drawn, _ = given
+    found = {m: r["hv"] for m, r in result(folder)["results"].items()}
+    assert list(fronts) == ["psl", "copsl-gradnorm", "copsl"] and drawn == found
+    for m in fronts:
+        for name, numbers in found[m].items():
+            assert hv[m][name] == pytest.approx(numbers, abs=1e-6)
+    assert [len(r) > 5000 for r in references] == [True, False]  # a formula costs nothing
+    with open(folder / "solutions-psl-Open.csv", newline="") as handle:
+        rows = torch.tensor([[float(v) for v in row] for row in list(csv.reader(handle))[1:]])
+    torch.testing.assert_close(rows[:, :2], preferences[1])
+    torch.testing.assert_close(rows[:, -2:], fronts["psl"][1][0].float())
+    assert "could not be drawn" not in capsys.readouterr().err
 
 
 def own_run(run_here, name, *words, steps=150):

@@ -254,6 +254,22 @@ for m in range(2, 11):
 """
 
 
+def drawn_fronts(monkeypatch, main, words):
+    """What a run hands to common.front_panels; the hypervolumes of these fronts as method ->
+    {problem: one a seed}."""
+    kept, draw = [], common.front_panels
+
+    def keep(parent, *given):
+        kept.append(given)
+        draw(parent, *given)
+    monkeypatch.setattr(common, "front_panels", keep)
+    main(words)
+    (problems, _, fronts, *_), = kept
+    return kept[0], {m: {p.name: [common.hypervolume(
+        (one.cpu().double() - p.ideal) / (p.nadir - p.ideal), [1.1] * p.n_obj) for one in f]
+        for p, f in zip(problems, found, strict=True)} for m, found in fronts.items()}
+
+
 def write_kinds(path):
     """A user's file: Open is Bend without ideal and nadir, Known has them, Far and Below lie
     elsewhere, Agree has no conflict; ball2 ... ball10. How often Open was called: `calls`."""
