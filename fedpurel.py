@@ -121,8 +121,8 @@ COLOURS = dict(zip(METHODS, [common.GREY, common.ORANGE, common.AMBER, common.PI
 # Defaults that depend on the data: the paper's setting, and that of the models pre-trained here.
 # Their learning rates were chosen on seeds that benchmarks/RESULTS.md does not report.
 PAPER = {"method": "fedpurel", "rounds": 100, "lr": 1e-3, "private_lr": 1e-3, "beta": 1.0}
-SMALL = {"method": "zeroshot,fedavg,fedpurel", "rounds": 20, "beta": .3, "threads": 1}
-SMALL_LR = {"prompt": (.001, .003), "lora": (.01, .1), "adapter": (.1, .3)}  # stage 1, stage 2
+SMALL = {"method": "zeroshot,fedavg,local,fedpurel", "rounds": 20, "beta": .3, "threads": 1}
+SMALL_LR = {"prompt": (.001, .003), "lora": (.01, .1), "adapter": (.4, .3)}  # stage 1, stage 2
 PHOTO_LR = {"prompt": (.1, .1), "lora": (.01, .03), "adapter": (.1, .3)}
 
 # ================================================================================================
@@ -1069,7 +1069,8 @@ def build_parser():
         "(paper; default) or drawn from the seed (default for folders)")
     add("--groups", str, None, "HIGH,LOW: many > HIGH >= med > LOW >= few training images, or "
         "thirds of the classes (default 100,20; thirds under 30 classes; small world 40,8)")
-    add("--clients", int, None, "K (default 20, the paper's; fewer where a folder is too small)",
+    add("--clients", int, None, "K (default 20, the paper's; fewer where a folder is too small; "
+        "small world 40)",
         low=2)
     add("--beta", float, None, "Dirichlet concentration over clients, smaller = more skewed (paper "
         "0.1 to 5, default 1; with --model tiny 0.3)", above=0)
@@ -1095,7 +1096,7 @@ def build_parser():
 def add_method_flags(add):
     """What belongs to the method; `add` as Parser.group returns it."""
     add("--method", str, None, f"comma-separated list of {', '.join(METHODS)}, or all (default "
-        "fedpurel; with --model tiny zeroshot,fedavg,fedpurel)")
+        "fedpurel; with --model tiny zeroshot,fedavg,local,fedpurel)")
     add("--recipe", ["paper", "official"], "paper", "official follows the authors' code where it "
         "leaves the paper (DEVIATION 1-4, 7)")
     add("--align", ["tkl", "kl", "none"], "tkl", "what purification aligns by; none: no purifying")
@@ -1127,7 +1128,7 @@ def resolve(args):
         lr, private_lr = (SMALL_LR if small else PHOTO_LR)[args.peft]
         common.fill_in(args, {**SMALL, "lr": lr, "private_lr": private_lr})
         if small:
-            common.fill_in(args, {"groups": "40,8"})
+            common.fill_in(args, {"groups": "40,8", "clients": 40})
     common.fill_in(args, PAPER)
     if not folder:  # what suits a folder is found when it is read
         common.fill_in(args, {"clients": 20})
@@ -1216,38 +1217,57 @@ def report(world, run, results):
 
 
 def draw_figure(world, results, path):
-    """Left: each class's accuracy, most frequent first. Right: All, Many, Med, Few of GM and PM."""
-    shown = [m for m in ("zeroshot", "fedavg", "fedpurel") if m in results] or list(results)[:3]
-    order = torch.argsort(world.class_counts.cpu(), descending=True, stable=True)
-    window = max(len(order) // 10, 1)  # thin: each class; thick: the mean over so many neighbours
-    name = data.short_name(world.args.dataset)
-    title = f"FedPuReL on {name}, {world.args.peft}, seed {world.args.seed}"
-    with common.figure(path, title, (12, 4.2), ncols=2, width_ratios=(1.5, 1)) as (_, axes):
-        left, right = axes
-        for m in shown:
-            if results[m]["class_accuracy"]:
-                a = 100 * np.array(results[m]["class_accuracy"], dtype=float)[order]  # None -> NaN
-                pad = np.pad(a, (window // 2, (window - 1) // 2), mode="edge")
-                left.plot(a, color=COLOURS[m], lw=.6, alpha=.25)
-                left.plot(np.convolve(pad, np.ones(window) / window, "valid"), color=COLOURS[m],
-                          lw=2, label=LABELS[m])
-        left.set(xlabel="classes, most frequent first", ylabel="accuracy (%)", ylim=(0, 100),
-                 title="Global model, each class" + f" (mean over {window})" * (window > 1))
-        if world.class_names and len(order) <= 20:
-            left.set_xticks(range(len(order)), [world.class_names[c] for c in order], rotation=25)
-        left.legend(frameon=False, loc="lower left")
-        counts = left.twinx()
-        counts.fill_between(range(len(order)), world.class_counts.cpu()[order], step="mid",
-                            color="#000000", alpha=.08)
-        counts.set_ylabel("training images (shaded)")
+    """Left: what tuning does to the global model, from frequent to rare classes. Right: All, Many,
+    Med and Few of global and personal models."""
+    shown = [m for m in ("zeroshot", "fedavg", "local", "fedpurel") if m in results]
+    shown = shown or list(results)[:4]
+    args, colours = world.args, {LABELS[m]: COLOURS[m] for m in shown}
+    title = f"FedPuReL on {data.short_name(args.dataset)}, {args.peft}, seed {args.seed}"
+    accuracy = {m: results[m]["class_accuracy"] for m in shown if results[m]["class_accuracy"]}
+    panels = 1 + bool(accuracy)  # Local has no global model
+    with common.figure(path, title, (6 * panels, 4.4), ncols=panels,
+                       squeeze=False) as (drawing, axes):
+        right = axes[0, -1]
+        if accuracy:
+            draw_classes(axes[0, 0], world, accuracy)
         places = [0, 1, 2, 3, 4.6, 5.6, 6.6, 7.6]
         common.grouped_bars(right, places, {
             LABELS[m]: [(results[m][part] or {}).get("mean10", {}).get(key)
                         for part in ("gm", "pm") for key in ("all", "many", "med", "few")]
-            for m in shown}, {LABELS[m]: COLOURS[m] for m in shown})
+            for m in shown}, colours)
         right.set_xticks(places, ["All", "Many", "Med", "Few"] * 2)
         right.set(ylabel="accuracy (%)", title="Global model  |  personal models")
         right.axvline(3.8, color="#000000", lw=.6)
+        told = [f"{LABELS[m]}: All " + " | ".join(
+            f"{results[m][part]['mean10']['all']:.1f}" if results[m][part] else "-"
+            for part in ("gm", "pm")) for m in shown]
+        drawing.legend(right.containers, told, loc="outside lower center", ncols=2 * panels,
+                       frameon=False)
+
+
+def draw_classes(axis, world, accuracy):
+    """Accuracy of the global models minus zero-shot's (or accuracy, if that is not there), for each
+    class or, of more than 20, each tenth of them, the most frequent first.
+
+    accuracy: dict method -> C numbers in [0, 1], None for a class without test images.
+    """
+    counts = world.class_counts.cpu().numpy()
+    parts = np.array_split(np.argsort(-counts, kind="stable"), min(len(counts), 10)
+                           if len(counts) > 20 else len(counts))
+    means = {m: 100 * np.array([torch.tensor(np.array(a, dtype=float)[part]).nanmean()
+                                for part in parts]) for m, a in accuracy.items()}  # None -> NaN
+    for (m, found), look in zip(means.items(), ["--", "s-", "^-", "D-"], strict=False):
+        axis.plot(found - means.get("zeroshot", 0), look, color=COLOURS[m], lw=2)
+    if len(parts) == len(counts):
+        axis.set_xticks(range(len(parts)), [world.class_names[part[0]] for part in parts],
+                        rotation=90, fontsize=7)
+    else:
+        axis.set_xticks(range(len(parts)), [f"{counts[part[0]]}-{counts[part[-1]]}"
+                                            for part in parts], fontsize=7)
+    axis.set(xlabel="classes" * (len(parts) == len(counts)) or "tenths of the classes by training "
+             "images", ylabel="points above zero-shot CLIP" if "zeroshot" in means
+             else "accuracy (%)", title="What tuning does to the global model,\n"
+             "from frequent to rare classes")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 
 Every (seed, setting) is one JSON file under --out, so the work can be stopped, continued, and split
 over processes with --seeds and --part I/N. Channels, attacks and times are those of beyond/; where
-a setting names no channel, the small world sends 8 bits. The claims of the small world:
+a setting names no channel, it is elsa.py's, the paper's sketch. The claims of the small world:
     C1  Clusters of the trusted clients are the domains, exactly.
     C2  Every poisoned client is trusted less than every honest one.
     C3  ELSA beats flat FedAvg by at least 20 points here, and ties (within 2 points) when the
@@ -90,7 +90,7 @@ def parse(words):
     """Flags of elsa.py with the channels of beyond/elsa_channels.py -> settings."""
     seam = elsa_channels.SEAM
     parser = elsa.build_parser(__doc__, seam["channels"], [elsa_channels.add_bits])
-    return elsa.resolve(parser.parse_args(words), seam["small"], seam["settle"])
+    return elsa.resolve(parser.parse_args(words), settle=seam["settle"])
 
 
 def cut_setup(setup, rank, seed):

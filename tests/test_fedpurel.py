@@ -23,7 +23,7 @@ import common
 import data
 import fedpurel
 from benchmarks import fedpurel_plain as plain
-from tools import PATIENCE, ROOT, complaints, exit_code, result
+from tools import PATIENCE, ROOT, complaints, exit_code, faults, keep_figures, result
 
 KINDS = ["prompt", "lora", "adapter"]
 CLASSES, CLIENT_SIZES, TEST_SIZES = 5, (10, 13, 3), (6, 5, 7)
@@ -1097,3 +1097,70 @@ def test_the_benchmark_runs():
     ratios = {k: float(v) for k, v in (pair.split("=") for pair in last.split()[1:])}
     assert {"prompt_ratio", "augmented_ratio", "lora_ratio"} <= set(ratios)
     assert all(v > 0 for v in ratios.values())
+
+
+# ================================================================================================
+# The figure
+# ================================================================================================
+
+
+def drawn(monkeypatch, tmp_path, results, counts, names):
+    """The figure of `results` in a world of classes with so many images, and its panels."""
+    figures = keep_figures(monkeypatch)
+    args = SimpleNamespace(dataset="folder:animals", peft="lora", seed=3)
+    world = SimpleNamespace(args=args, class_counts=torch.tensor(counts), class_names=names)
+    fedpurel.draw_figure(world, results, tmp_path / "f.png")
+    assert faults(figures[0]) == []
+    return figures[0], figures[0].axes
+
+
+def summary(accuracy, seed=0):
+    """What summarise makes of a run with such class accuracies, as far as the figure reads it."""
+    draw = np.random.default_rng(seed)
+    part = {key: draw.uniform(10, 90) for key in ("all", "many", "med", "few")}
+    return {"class_accuracy": accuracy, "gm": accuracy and {"mean10": part}, "pm": {"mean10": part}}
+
+
+def test_figure_shows_what_tuning_changes_from_frequent_to_rare(monkeypatch, tmp_path):
+    """A mean of each tenth of the classes, less zero-shot's; a class without test images is no 0;
+    a method without a global model has bars for its personal ones only."""
+    counts = np.random.default_rng(0).permutation(np.arange(1, 41))
+    order = np.argsort(-counts)
+    zero, tuned = (np.random.default_rng(s).random(40) for s in (1, 2))
+    tuned[order[0]] = np.nan
+    results = {"zeroshot": summary(zero.tolist()), "local": summary(None, 1), "fedpurel": summary(
+        [None if np.isnan(a) else a for a in tuned], 2)}
+    figure, (left, right) = drawn(monkeypatch, tmp_path, results, counts.tolist(),
+                                  [f"class {c}" for c in range(40)])
+    lines = [line.get_ydata() for line in left.lines]
+    assert len(lines) == 2 and lines[0] == pytest.approx(np.zeros(10))
+    by_hand = [100 * (np.nanmean(tuned[part]) - zero[part].mean())
+               for part in order.reshape(10, 4)]
+    assert lines[1] == pytest.approx(by_hand) and "above zero-shot" in left.get_ylabel()
+    assert [t.get_text() for t in left.get_xticklabels()][::9] == ["40-37", "4-1"]
+    heights = [[b.get_height() for b in bars] for bars in right.containers]
+    for found, r, has in zip(heights, results.values(), (1, 0, 1), strict=True):
+        part = list(r["pm"]["mean10"].values())
+        assert found == pytest.approx([x * has for x in part] + part)
+    told = [[f"{r[part]['mean10']['all']:.1f}" if r[part] else "-" for part in ("gm", "pm")]
+            for r in results.values()]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        f"{name}: All {a} | {b}" for name, (a, b) in
+        zip(("zero-shot CLIP", "Local", "FedPuReL"), told, strict=True)]
+
+
+@pytest.mark.parametrize("classes, methods", [
+    (2, ["fedpurel"]), (10, ["zeroshot", "fedavg"]), (20, ["fedprox", "logit-adjust"]),
+    (101, ["local"]), (400, fedpurel.METHODS)])
+def test_figure_of_any_classes_and_methods(monkeypatch, tmp_path, classes, methods):
+    draw = np.random.default_rng(classes)
+    results = {m: summary(None if m == "local" else draw.random(classes).tolist()) for m in methods}
+    names = [f"an animal of kind {c}" for c in range(classes)]
+    _, axes = drawn(monkeypatch, tmp_path, results,
+                         draw.integers(1, 2000, classes).tolist(), names)
+    left = next((a for a in axes if "classes" in a.get_xlabel()), None)
+    assert (left is None) == (methods == ["local"])  # nothing global to show
+    if left:
+        drawn_here = {"zeroshot", "fedavg", "fedpurel"} & set(methods) or methods
+        assert len(left.lines) == len(drawn_here)
+        assert len(left.get_xticks()) == (classes if classes <= 20 else 10)
