@@ -39,9 +39,9 @@ Results
     plan, 32 texts of 64 tokens a step, bfloat16, --channel none, one block in front and one behind:
     of Qwen2.5-0.5B (494 M) a phone carries 166 M, 333 MB, and 7.3 MB go each way in a step; of
     Llama-3.2-1B (1,236 M) 384 M, 770 MB and 16.8 MB. Most of that is the table of words.
-    small world, 5 seeds: slowest client of a round 3.35 ± .34 s under ELSA's placement, 3.56 ± .47
-    s at random (shorter in 4 of 5 seeds, p .10: not shown), 2.79 ± .46 s at the nearest edge, which
-    ignores behaviour.
+    small world, 5 seeds, the paper's sketch: slowest client of a round 3.95 ± .56 s under ELSA's
+    placement, 4.38 ± 1.06 s at random (shorter in 4 of 5 seeds, p .13: not shown), 3.56 ± .83 s at
+    the nearest edge, which ignores behaviour.
 """
 import argparse
 import sys
