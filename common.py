@@ -939,8 +939,9 @@ def grouped_bars(axis, places, heights, colours):
     width = .8 / max(len(heights), 3)
     for i, (label, values) in enumerate(heights.items()):
         shift = (i - (len(heights) - 1) / 2) * width * 1.05
-        axis.bar(np.asarray(places) + shift, [v or 0 for v in values], width,
-                 color=colours[label], label=label)
+        axis.bar(np.asarray(places) + shift, [v or 0 for v in values], width, label=label,
+                 color=colours[label], hatch=("", "///", "...", "")[i % 4], edgecolor="white",
+                 linewidth=0)  # hatches for who prints in grey
     axis.set_ylim(0, 1.08 * max(1, *(b.get_height() for b in axis.patches)))
 
 

@@ -61,10 +61,10 @@ Results
     5.6 (cloud 37.4 ± 6.1). Each half of the channel alone is harmless: --channel none 100.0 (cloud
     46.4 ± 4.5; local training reaches 100 too), --ssop none 99.4 ± 1.1; --recovery lsq mends most
     of it, 98.6 ± 1.2. A decoder (--model tiny-decoder): FedAvg 41.4 ± 3.6, ELSA's edges 87.4 ± 4.4.
-    Real TREC, MiniLM encoder, seed 0, 5 rounds: FedAvg and ELSA (--channel none) 87.8; through the
-    sketch of half the bytes 49.0 by median and 75.4 by --recovery lsq, both with --ssop none;
-    --ssop edge without a sketch 52.2; centralised 96.2 ± .4 (5 seeds). Spreads, what does not hold
-    and what was not run: benchmarks/RESULTS.md.
+    Real TREC, MiniLM encoder, 3 seeds, 5 rounds: FedAvg and ELSA with --channel none 89.1 ± 1.5;
+    through the sketch of half the bytes 42.3 ± 1.5 by median, 69.4 ± 7.7 by --recovery lsq; --ssop
+    edge without a sketch 52.2 (seed 0); centralised 96.2 ± .4 (5 seeds). Spreads, what does not
+    hold and what was not run: benchmarks/RESULTS.md.
 
 Where we depart (the marks can be searched for)
     UNSPECIFIED 1 the fingerprint's subspace (--fingerprint-rank) and ridge.

@@ -1231,17 +1231,20 @@ def draw_figure(world, results, path):
         right = axes[0, -1]
         if accuracy:
             draw_classes(axes[0, 0], world, accuracy)
-        places = [0, 1, 2, 3, 4.6, 5.6, 6.6, 7.6]
+        parts = ("gm", "pm") if accuracy else ("pm",)
+        places = [0, 1, 2, 3, 4.6, 5.6, 6.6, 7.6][-4 * len(parts):]
         common.grouped_bars(right, places, {
             LABELS[m]: [(results[m][part] or {}).get("mean10", {}).get(key)
-                        for part in ("gm", "pm") for key in ("all", "many", "med", "few")]
+                        for part in parts for key in ("all", "many", "med", "few")]
             for m in shown}, colours)
-        right.set_xticks(places, ["All", "Many", "Med", "Few"] * 2)
-        right.set(ylabel="accuracy (%)", title="Global model  |  personal models")
-        right.axvline(3.8, color="#000000", lw=.6)
+        right.set_xticks(places, ["All", "Many", "Med", "Few"] * len(parts))
+        right.set(ylabel="accuracy (%)",
+                  title="Global model  |  personal models" if accuracy else "Personal models")
+        if accuracy:
+            right.axvline(3.8, color="#000000", lw=.6)
         told = [f"{LABELS[m]}: All " + " | ".join(
             f"{results[m][part]['mean10']['all']:.1f}" if results[m][part] else "-"
-            for part in ("gm", "pm")) for m in shown]
+            for part in parts) for m in shown]
         drawing.legend(right.containers, told, loc="outside lower center", ncols=2 * panels,
                        frameon=False)
 
@@ -1260,7 +1263,8 @@ def draw_classes(axis, world, accuracy):
     for (m, found), look in zip(means.items(), ["--", "s-", "^-", "D-"], strict=False):
         axis.plot(found - means.get("zeroshot", 0), look, color=COLOURS[m], lw=2)
     if len(parts) == len(counts):
-        axis.set_xticks(range(len(parts)), [world.class_names[part[0]] for part in parts],
+        names = [common.printable(world.class_names[part[0]]) for part in parts]
+        axis.set_xticks(range(len(parts)), [n if len(n) <= 18 else n[:17] + "…" for n in names],
                         rotation=90, fontsize=7)
     else:
         axis.set_xticks(range(len(parts)), [f"{counts[part[0]]}-{counts[part[-1]]}"

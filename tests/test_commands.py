@@ -130,7 +130,7 @@ def test_same_command_gives_the_same_numbers_and_another_seed_others(pictures, t
 def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(pictures, reference, tmp_path):
     folder = tmp_path / "out"
     words = arguments(pictures, "--rounds", 40, "--out-dir", folder)
-    for rows in (13, 47):  # in FedAvg, then in FedPuReL
+    for rows in (13, 95):  # in FedAvg, then in FedPuReL
         kill(SCRIPT, words, folder, rows)
     finish(start(SCRIPT, [*words, "--resume"]))
     assert_equal_runs(folder, reference[0])
@@ -139,7 +139,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(pictures, r
     ]
     assert [{k: v for k, v in r.items() if k != "seconds"} for r in saved[0]] == \
         [{k: v for k, v in r.items() if k != "seconds"} for r in saved[1]]
-    assert len({json.dumps(r["GM_all"])
+    assert len({json.dumps(r.get("GM_all"))
                 for r in saved[0]}) > 3  # it is a run in which things change
 
 
@@ -337,7 +337,7 @@ def test_defaults_of_long_tail_and_clients(words, tail, clients):
     assert resolved("--dataset", "cifar100-lt", *words) == (tail, clients)
     if not words:  # what suits a folder, and a set with its own tail, is found when it is read
         assert resolved("--dataset", "folder:x") == ((None, None), None)
-        assert resolved() == ((None, None), 20)
+        assert resolved() == ((None, None), 40)
     else:
         with pytest.raises(common.UserError, match="comes with its own long tail"):
             resolved("--dataset", "imagenet-lt", *words)

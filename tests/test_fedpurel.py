@@ -1155,11 +1155,14 @@ def test_figure_shows_what_tuning_changes_from_frequent_to_rare(monkeypatch, tmp
 def test_figure_of_any_classes_and_methods(monkeypatch, tmp_path, classes, methods):
     draw = np.random.default_rng(classes)
     results = {m: summary(None if m == "local" else draw.random(classes).tolist()) for m in methods}
-    names = [f"an animal of kind {c}" for c in range(classes)]
+    names = [f"{c} an animal of a kind" + " with a long name" * 6 for c in range(classes)]
     _, axes = drawn(monkeypatch, tmp_path, results,
                          draw.integers(1, 2000, classes).tolist(), names)
     left = next((a for a in axes if "classes" in a.get_xlabel()), None)
     assert (left is None) == (methods == ["local"])  # nothing global to show
+    assert all(a.get_position().height > .38 for a in axes)
+    if not left:  # the bars of personal models alone
+        assert len(axes[0].patches) == 4
     if left:
         drawn_here = {"zeroshot", "fedavg", "fedpurel"} & set(methods) or methods
         assert len(left.lines) == len(drawn_here)
