@@ -124,7 +124,7 @@ COLOURS = dict(zip(METHODS, [common.GREY, common.ORANGE, common.AMBER, common.PI
 PAPER = {"method": "fedpurel", "rounds": 100, "lr": 1e-3, "private_lr": 1e-3, "beta": 1.0}
 SMALL = {"method": "zeroshot,fedavg,local,fedpurel", "rounds": 20, "beta": .3, "threads": 1}
 SMALL_LR = {"prompt": (.001, .003), "lora": (.01, .1), "adapter": (.4, .3)}  # stage 1, stage 2
-PHOTO_LR = {"prompt": (.1, .1), "lora": (.01, .03), "adapter": (.1, .3)}
+PHOTO_LR = {"prompt": (.01, .3), "lora": (.003, .1), "adapter": (.03, .3)}
 
 # ================================================================================================
 # Model: CLIP with one small trainable part
