@@ -3219,7 +3219,8 @@ class WordTokenizer:
 class TinyConfig:
     """Size and pre-training of the tiny CLIP (defaults: shapes; about 35 s on one CPU core).
 
-    stem: channels of the convolutions of stride 2 that stand before the patches, () none.
+    stem: channels of the convolutions of stride 2 in the place of the patches' one, as many as make
+    `patch` (3 for 8); () none.
     """
     width: int = 64
     vision_layers: int = 3

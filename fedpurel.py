@@ -1256,23 +1256,22 @@ def draw_classes(axis, world, accuracy):
     accuracy: dict method -> C numbers in [0, 1], None for a class without test images.
     """
     counts = world.class_counts.cpu().numpy()
-    parts = np.array_split(np.argsort(-counts, kind="stable"), min(len(counts), 10)
-                           if len(counts) > 20 else len(counts))
+    each = len(counts) <= 20
+    parts = np.array_split(np.argsort(-counts, kind="stable"), len(counts) if each else 10)
     means = {m: 100 * np.array([torch.tensor(np.array(a, dtype=float)[part]).nanmean()
                                 for part in parts]) for m, a in accuracy.items()}  # None -> NaN
     for (m, found), look in zip(means.items(), ["--", "s-", "^-", "D-"], strict=False):
         axis.plot(found - means.get("zeroshot", 0), look, color=COLOURS[m], lw=2)
-    if len(parts) == len(counts):
+    if each:
         names = [common.printable(world.class_names[part[0]]) for part in parts]
         axis.set_xticks(range(len(parts)), [n if len(n) <= 18 else n[:17] + "…" for n in names],
                         rotation=90, fontsize=7)
     else:
         axis.set_xticks(range(len(parts)), [f"{counts[part[0]]}-{counts[part[-1]]}"
                                             for part in parts], fontsize=7)
-    axis.set(xlabel="classes" * (len(parts) == len(counts)) or "tenths of the classes by training "
-             "images", ylabel="points above zero-shot CLIP" if "zeroshot" in means
-             else "accuracy (%)", title="What tuning does to the global model,\n"
-             "from frequent to rare classes")
+    axis.set(xlabel="classes" if each else "tenths of the classes by training images",
+             ylabel="points above zero-shot CLIP" if "zeroshot" in means else "accuracy (%)",
+             title="What tuning does to the global model,\nfrom frequent to rare classes")
 
 
 if __name__ == "__main__":

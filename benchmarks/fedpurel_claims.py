@@ -74,8 +74,8 @@ def best_rates(runs):
     return {method: settings for method, (_, settings) in found.items()}
 
 
-def measure(options, seed, kind, plan, folder):
-    """Run a plan for one seed and kind -> dict name -> summary."""
+def measure(options, seed, kind, plan, folder, tuning=False):
+    """Run a plan for one seed and kind -> dict name -> summary; in tuning without what diverges."""
     command = ["--seed", str(seed), "--peft", kind, "--data-dir", str(folder / "data"), "--out-dir",
                str(folder / f"run-{kind}-{seed}"), "--overwrite", *options]
     args = fedpurel.resolve(fedpurel.build_parser().parse_args(command))
@@ -92,7 +92,9 @@ def measure(options, seed, kind, plan, folder):
                 state = fedpurel.fresh_state(world, method)
                 try:
                     history = fedpurel.train_method(world, run, method, state, lambda state: None)
-                except common.UserError as error:  # a rate that diverges
+                except common.UserError as error:
+                    if not tuning:
+                        raise
                     print(f"seed {seed} {kind} {name}: {error}", file=sys.stderr)
                     continue
             results[name] = fedpurel.summarise(history)
@@ -200,8 +202,10 @@ def main():
     def saved(name, seed, kind, plan):
         path = args.out / f"{name}-{seed}.json"
         if not path.exists():
-            common.write_json(path, measure(options, seed, kind, plan, args.out))
+            common.write_json(path, measure(options, seed, kind, plan, args.out,
+                                            name.startswith("tuning")))
         return json.loads(path.read_text())
+
     for kind in args.peft.split(",") if not args.summary else []:
         tuned = [saved(f"tuning-{kind}", seed, kind, tuning_plan(methods, grid))
                  for seed in map(int, args.tune.split(",") if args.tune else [])]

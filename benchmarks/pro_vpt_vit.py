@@ -125,13 +125,16 @@ class FrozenLinear(torch.autograd.Function):
 
 def through_onednn(vit):
     """Let the linear layers of a frozen ViT on the CPU use FrozenLinear while they are float32."""
+    if not torch.backends.mkldnn.is_available():
+        return
+
     def forward(layer, x):
-        plain = x.is_cuda or x.dtype != torch.float32
+        plain = x.device.type != "cpu" or x.dtype != torch.float32
         return torch.nn.functional.linear(x, layer.weight, layer.bias) if plain \
             else FrozenLinear.apply(x, layer.weight, layer.bias)
 
     for layer in vit.modules():
-        if type(layer) is torch.nn.Linear:
+        if type(layer) is torch.nn.Linear and not layer.weight.requires_grad:
             layer.forward = forward.__get__(layer)
 
 

@@ -22,6 +22,7 @@ from test_data import bert_tokenizer, small_clip
 import common
 import data
 import fedpurel
+from benchmarks import fedpurel_claims
 from benchmarks import fedpurel_plain as plain
 from tools import PATIENCE, ROOT, complaints, exit_code, faults, keep_figures, result
 
@@ -1099,6 +1100,27 @@ def test_the_benchmark_runs():
     assert all(v > 0 for v in ratios.values())
 
 
+def test_every_method_is_tuned_on_as_many_cells_and_keeps_its_best(capsys):
+    """Rated by the mean All of its models over the seeds; a cell that diverged once is no choice."""
+    plan = fedpurel_claims.tuning_plan(fedpurel.METHODS, [.1, .2, .3, .4])
+    cells = {m: [(c["lr"], c["private_lr"]) for _, method, c in plan if method == m]
+             for m in fedpurel.METHODS}
+    assert {m: len(set(c)) for m, c in cells.items()} == {m: 4 * (m != "zeroshot") for m in cells}
+    assert cells["fedpurel"] == [(.1, .3), (.1, .4), (.2, .3), (.2, .4)]
+
+    def run(**scores):  # name -> (global or None, personal)
+        return {name: {part: value and {"mean10": {"all": value}}
+                       for part, value in zip(("gm", "pm"), pair, strict=True)}
+                for name, pair in scores.items()}
+    runs = [run(**{"fedavg 0.1 0.1": (40, 50), "fedavg 0.2 0.2": (30, 58), "fedavg 1 1": (99, 99),
+                   "local 0.1 0.1": (None, 3), "local 0.2 0.2": (None, 4)}),
+            run(**{"fedavg 0.1 0.1": (41, 50), "fedavg 0.2 0.2": (30, 62),
+                   "local 0.1 0.1": (None, 4), "local 0.2 0.2": (None, 2)})]
+    assert fedpurel_claims.best_rates(runs) == {"fedavg": {"lr": .1, "private_lr": .1},
+                                                "local": {"lr": .1, "private_lr": .1}}
+    assert "| tuning | fedavg | local |" in capsys.readouterr().out
+
+
 # ================================================================================================
 # The figure
 # ================================================================================================
@@ -1156,8 +1178,7 @@ def test_figure_of_any_classes_and_methods(monkeypatch, tmp_path, classes, metho
     draw = np.random.default_rng(classes)
     results = {m: summary(None if m == "local" else draw.random(classes).tolist()) for m in methods}
     names = [f"{c} an animal of a kind" + " with a long name" * 6 for c in range(classes)]
-    _, axes = drawn(monkeypatch, tmp_path, results,
-                         draw.integers(1, 2000, classes).tolist(), names)
+    _, axes = drawn(monkeypatch, tmp_path, results, draw.integers(1, 2000, classes).tolist(), names)
     left = next((a for a in axes if "classes" in a.get_xlabel()), None)
     assert (left is None) == (methods == ["local"])  # nothing global to show
     assert all(a.get_position().height > .38 for a in axes)

@@ -1429,6 +1429,25 @@ def vit_benchmark(tmp_path, monkeypatch):
     return run
 
 
+def test_frozen_layers_through_onednn_compute_the_same():
+    """Loss and every gradient, in float32; in float64 (C2's exact scores) they are the plain ones,
+    in a deep copy, too."""
+    def trained(fast, dtype):
+        model = make_model(dtype=torch.float32)
+        if fast:
+            pro_vpt_vit.through_onednn(model)
+        model = copy.deepcopy(model).to(dtype)
+        pixels, labels = make_batch(dtype=dtype)
+        loss = F.cross_entropy(model(pixels), labels)
+        return loss, torch.autograd.grad(loss, [model.prompts, *model.head.parameters()])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 0)):
+        torch.testing.assert_close(trained(True, dtype), trained(False, dtype), rtol=tolerance,
+                                   atol=tolerance)
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    pro_vpt_vit.through_onednn(layer)
+    assert "FrozenLinear" in layer(torch.ones(1, 3, requires_grad=True)).grad_fn.name()
+
+
 def test_the_measurement_on_a_real_vit_continues_where_it_was_cut(vit_benchmark, capsys):
     path = vit_benchmark()
     whole, out = path.read_text(), capsys.readouterr().out
