@@ -1101,7 +1101,7 @@ def test_the_benchmark_runs():
 
 
 def test_every_method_is_tuned_on_as_many_cells_and_keeps_its_best(capsys):
-    """Rated by the mean All of its models over the seeds; a cell that diverged once is no choice."""
+    """Rated by the mean All of its models over the seeds; what diverged once is no choice."""
     plan = fedpurel_claims.tuning_plan(fedpurel.METHODS, [.1, .2, .3, .4])
     cells = {m: [(c["lr"], c["private_lr"]) for _, method, c in plan if method == m]
              for m in fedpurel.METHODS}
