@@ -2,15 +2,17 @@
 
     python benchmarks/pro_vpt_claims.py                  tuning, then 5 seeds x 5 distributions
     python benchmarks/pro_vpt_claims.py --summary        tables from what has been run already
-    python benchmarks/pro_vpt_claims.py --grid .4        one rate for all, without tuning
+    python benchmarks/pro_vpt_claims.py --heads vpt      the authors' draw of the head only
+    python benchmarks/pro_vpt_claims.py --heads linear --grid .4     one cell for all, no tuning
 
-At the paper's proportions: 72 prompts (12 a block) and 30 epochs, so that a run moves at most 29
-times (.4 moves a prompt, as the authors' 99 of 240); --prompts 4 is pro_vpt.py's own small world.
-The planted distributions grow with --prompts. Every method gets the rate of --grid with the best
-mean accuracy over five tuning pairs, seed 100 + t with distribution t, on their test tiles (of
-equals the smallest rate; a run that diverges counts 0); the seeds that are reported are others.
-Every pair, of seed and distribution, is one JSON file under --out, a tuning pair one for each rate,
-so the work can be stopped, continued, and split over processes with --seeds and --truths.
+In pro_vpt.py's own small world: 72 prompts (12 a block) and 30 epochs, so that a run moves at most
+29 times (.4 moves a prompt, as the authors' 99 of 240). Every method gets the same grid of learning
+rates x first draws of the head, and of it the cell with the best mean accuracy over five tuning
+pairs, seed 100 + t with distribution t, on their test tiles (of equals the smallest rate; a run
+that diverges counts 0); the seeds that are reported are others. Variants of PRO-VPT and of adaptive
+(TUNED_AS) get the cell of what they vary. Every pair, of seed and distribution, is one JSON file
+under --out, a tuning pair one for each cell, so the work can be stopped, continued, and split over
+processes with --seeds and --truths.
 Pre-training, task, initial draws and batches depend on the seed; every method sees the same. The
 claims:
     C0  Distribution matters: the planted number of prompts per block beats the uniform one.
@@ -60,6 +62,10 @@ PLAN = {
     "adaptive, random blocks": ("adaptive", {}),
 }
 CONTROL = "adaptive, random blocks"  # the same moves, towards blocks that nobody measured
+TUNED_AS = {CONTROL: "adaptive (ours)", "PRO-VPT, Thompson": "PRO-VPT (paper)",
+            "PRO-VPT, running scores": "PRO-VPT (paper)",
+            "PRO-VPT, post-LN score": "PRO-VPT (paper)", "PRO-VPT, norm score": "PRO-VPT (paper)",
+            "PRO-VPT, exact score, greedy": "PRO-VPT (paper)"}
 SCORES = ["taylor, eps 1e-6, float32", "taylor, eps 1e-6, float64", "taylor, eps 1e-12, float32",
           "taylor, eps 1e-12, float64", "norm", "post-ln", "taylor, minus its size",
           "post-ln, minus its size"]
@@ -116,8 +122,8 @@ def parts_of(name, seed, truth):
     return {**beyond.PARTS, "relocations": {**beyond.PARTS["relocations"], "adaptive": control}}
 
 
-def measure(options, seed, truth, folder, rates, scoring=True):
-    """Run every method at its rate, {name: rate}, for one seed and planted distribution -> dict."""
+def measure(options, seed, truth, folder, cells, scoring=True):
+    """Run every method at its cell, {name: (head, rate)}, for one seed and distribution -> dict."""
     words = ",".join(map(str, truth))
     command = ["--seed", str(seed), "--truth", words, "--data-dir", str(folder / "data"),
                "--out-dir", str(folder / "run"), "--overwrite", *options]
@@ -125,21 +131,21 @@ def measure(options, seed, truth, folder, rates, scoring=True):
     results, scores = {}, None
     with common.Run(args, "claims") as run:
         task, plain = pro_vpt.build_task(args, run, "planted", "test"), dict(vars(args))
-        for name, rate in rates.items():
+        for name, (head, rate) in cells.items():
             method, change = PLAN[name]
-            vars(args).update({**plain, **change})
+            vars(args).update({**plain, **change, "head_init": head})
             # "val": a rate that diverges is a result of 0%, as in a search
             job = pro_vpt.Job("planted", method, "val", seed, rate, args.weight_decay)
             start = time.process_time()
             training = pro_vpt.Training(task, run, args, job, parts_of(name, seed, truth))
             found = pro_vpt.outcome(training, lambda training: None)
-            results[name] = {"accuracy": found["accuracy"], "lr": rate,
+            results[name] = {"accuracy": found["accuracy"], "head": head, "lr": rate,
                              "counts": found["counts"][-1],
                              "loss": found["losses"][-1] if found["losses"] else None,
                              "moves": len(found["moves"]),
                              "correlation": pro_vpt.correlation(found["counts"][-1], truth),
                              "cpu_seconds": round(time.process_time() - start, 1)}
-            print(f"seed {seed} truth {words} lr {rate:g} {name}: "
+            print(f"seed {seed} truth {words} head {head} lr {rate:g} {name}: "
                   f"{results[name]['accuracy']:.1f}% {results[name]['counts']} "
                   f"{results[name]['cpu_seconds']} CPU-s", file=sys.stderr, flush=True)
             if name == "uniform" and scoring:
@@ -156,24 +162,27 @@ def kept(path, make):
 
 
 def tune(options, grid, names, truths, folder):
-    """The best rate of every method on the tuning pairs: {name: rate}."""
+    """The best cell, (head, rate), of every method on the tuning pairs: {name: cell}."""
     if len(grid) == 1:
         return dict.fromkeys(names, grid[0])
+    tuned = list(dict.fromkeys(TUNED_AS.get(name, name) for name in names))
     means = {}
-    for rate in grid:
-        runs = [kept(folder / f"tuning{100 + t}-truth{t}-lr{rate:g}.json",
+    for head, rate in grid:
+        runs = [kept(folder / f"tuning{100 + t}-truth{t}-{head}-lr{rate:g}.json",
                      functools.partial(measure, options, 100 + t, truth, folder,
-                                       dict.fromkeys(names, rate), scoring=False))
+                                       dict.fromkeys(tuned, (head, rate)), scoring=False))
                 for t, truth in enumerate(truths)]
-        unknown = [n for n in names if any(n not in run["results"] for run in runs)]
+        unknown = [n for n in tuned if any(n not in run["results"] for run in runs)]
         if unknown:
             raise common.UserError(f"{folder} was tuned without {unknown[0]} (--only); name "
                                    "another --out")
-        means[rate] = {name: statistics.mean(run["results"][name]["accuracy"] for run in runs)
-                       for name in names}
-    rates = {name: max(grid, key=lambda rate: (means[rate][name], -rate)) for name in names}
-    common.write_json(folder / "tuning.json", {"means": means, "rates": rates})
-    return rates
+        means[head, rate] = {name: statistics.mean(run["results"][name]["accuracy"]
+                                                   for run in runs) for name in tuned}
+    best = {name: max(grid, key=lambda cell: (means[cell][name], -cell[1])) for name in tuned}
+    common.write_json(folder / "tuning.json", {
+        "means": {f"{head}, {rate:g}": found for (head, rate), found in means.items()},
+        "cells": best})
+    return {name: best[TUNED_AS.get(name, name)] for name in names}
 
 
 def spread(numbers, digits=1):
@@ -200,7 +209,7 @@ def summarise(runs):
     names = [n for n in PLAN if all(n in run["results"] for run in runs)]
     truths = list(dict.fromkeys(tuple(run["truth"]) for run in runs))
     print(f"{len(runs)} runs: seeds {sorted({run['seed'] for run in runs})}\n")
-    print("| method | lr | accuracy | correlation with the truth | "
+    print("| method | head, lr | accuracy | correlation with the truth | "
           + " | ".join("-".join(map(str, t)) for t in truths) + " | CPU-s |")
     print("|---|---|---|---|" + "---|" * (len(truths) + 1))
     for name in names:
@@ -208,8 +217,8 @@ def summarise(runs):
         known = [r["correlation"] for r in rows if r["correlation"] is not None]
         each = [statistics.mean(run["results"][name]["accuracy"] for run in runs
                                 if tuple(run["truth"]) == t) for t in truths]
-        rates = ", ".join(f"{lr:g}" for lr in sorted({r["lr"] for r in rows}))
-        print(f"| {name} | {rates} | {spread([r['accuracy'] for r in rows])} | "
+        cells = "; ".join(sorted({f"{r['head']}, {r['lr']:g}" for r in rows}))
+        print(f"| {name} | {cells} | {spread([r['accuracy'] for r in rows])} | "
               f"{spread(known, 2) if known else '-'} | "
               + " | ".join(f"{a:.1f}" for a in each)
               + f" | {statistics.mean(r['cpu_seconds'] for r in rows):.1f} |")
@@ -246,10 +255,10 @@ def main():
                         help="which of data.PLANTED_TRUTHS; default %(default)s")
     parser.add_argument("--only", default=",".join(map(str, range(len(PLAN)))),
                         help="which rows of PLAN, by number; default all")
-    parser.add_argument("--grid", default=".1,.2,.4,1,2.5",
+    parser.add_argument("--grid", default=".1,.3,1",
                         help="learning rates to choose from, for each method; default %(default)s")
-    parser.add_argument("--prompts", type=int, default=12,
-                        help="prompts per block at the start; default %(default)s")
+    parser.add_argument("--heads", default="vpt,linear",
+                        help="first draws of the head to choose from; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/pro_vpt-claims"),
                         help="default %(default)s")
     parser.add_argument("--summary", action="store_true",
@@ -259,12 +268,12 @@ def main():
     seeds, truths = ([int(i) for i in text.split(",")] for text in (args.seeds, args.truths))
     wanted = {(s, t): args.out / f"seed{s}-truth{t}.json" for s in seeds for t in truths}
     if not args.summary:
-        options = [*options, "--prompts", str(args.prompts)]
-        # as many planted prompts as there are to move: data.PLANTED_TRUTHS are for 4 a block
-        planted = [[n * args.prompts // 4 for n in truth] for truth in data.PLANTED_TRUTHS]
-        rates = tune(options, pro_vpt.numbers_in(args.grid, "--grid"), names, planted, args.out)
+        grid = [(head, rate) for head in args.heads.split(",")
+                for rate in pro_vpt.numbers_in(args.grid, "--grid")]
+        cells = tune(options, grid, names, data.PLANTED_TRUTHS, args.out)
         for (seed, t), path in wanted.items():
-            kept(path, functools.partial(measure, options, seed, planted[t], args.out, rates))
+            kept(path, functools.partial(measure, options, seed, data.PLANTED_TRUTHS[t], args.out,
+                                         cells))
     found = [json.loads(path.read_text()) for path in wanted.values() if path.exists()]
     if not found:
         raise common.UserError(f"{args.out} holds no results of these seeds and distributions")

@@ -298,17 +298,36 @@ def build_parser():
     return parser
 
 
-def read_arguments(argv=None):
-    """The command line with all defaults filled in."""
-    args = pro_vpt.resolve(build_parser().parse_args(argv), SMALL, PARTS)
+def idle_flags(args):
+    """Which flags change nothing in this run, for common.tell_idle."""
+    methods = set(args.method.split(","))
+    scored, moved = methods & {"pro-vpt", "prune-only"}, methods & {"pro-vpt", "random-relocation"}
+    none = f"--method {args.method} has none"
+    return [
+        *pro_vpt.idle_flags(args),
+        (not scored, {"idleness", "scores"}, f"scores: {none}"),
+        (not scored | moved, {"relocate_every"}, f"moves of the paper's kind: {none}"),
+        (not moved, {"move_scale", "reset_momentum"}, f"moves of the paper's kind: {none}"),
+        ("adaptive" not in methods and not (scored and args.idleness == "exact"),
+         {"score_images"}, "nothing is measured on a sample")]
+
+
+def settle(args):
+    """Fill in what depends on other flags; refuse what does not go together."""
+    args = pro_vpt.resolve(args, SMALL, PARTS)
     if args.scores == "running" and args.idleness != "taylor":
         raise common.UserError("--scores running sums up g·p: it goes with --idleness taylor only")
     return args
 
 
+def read_arguments(argv=None):
+    """The command line with all defaults filled in."""
+    return settle(build_parser().parse_args(argv))
+
+
 def main(argv=None):
     """The command: pro_vpt.py's, with our parts."""
-    pro_vpt.main(argv, read_arguments, "pro_vpt_adaptive", PARTS)
+    pro_vpt.main(argv, build_parser(), settle, idle_flags, "pro_vpt_adaptive", PARTS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """beyond/pro_vpt_adaptive.py: measured scores against oracles, the control, the command."""
 import functools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from test_pro_vpt import (
 from test_pro_vpt import make_model as make_papers_model
 from test_pro_vpt import make_training as make_papers_training
 
+import common
 import pro_vpt
 from benchmarks import pro_vpt_plain as plain
 from beyond import pro_vpt_adaptive as beyond
@@ -212,11 +214,27 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.mark.parametrize("words, said", [
+    ("--idleness exact --score-images 9 --relocate-every 2 --move-scale 1", []),
+    ("--method adaptive --idleness norm --relocate-every 2 --reset-momentum --score-images 9",
+     ["--idleness; scores", "--relocate-every; moves", "--reset-momentum; moves"]),
+    ("--method random-relocation --move-scale .1 --scores running --score-images 9",
+     ["--scores; scores", "--score-images; "])])
+def test_flags_that_change_nothing_are_said(words, said):
+    parser, found = beyond.build_parser(), []
+    args = parser.parse_args(words.split())
+    given = common.given(parser, args)
+    common.tell_idle(SimpleNamespace(warn=found.append), given,
+                     *beyond.idle_flags(beyond.settle(args)))
+    assert len(found) == len(said) and all(
+        a.startswith(f"without effect: {b}") for a, b in zip(found, said, strict=True))
+
+
 def test_the_default_compares_adaptive_which_recovers_what_was_planted(cache, tmp_path, capsys):
-    words = ["--data-dir", cache, "--seed", "3", "--truth", "0,0,0,4,20,0", "--epochs", "12",
-             "--head-init", "linear", "--out-dir", tmp_path / "out"]  # 12 epochs are enough for it
+    words = ["--data-dir", cache, "--seed", "3", "--truth", "0,0,0,12,60,0", "--epochs", "12",
+             "--out-dir", tmp_path / "out"]  # 12 epochs are enough for it
     beyond.main(list(map(str, words)))
-    found, truth = result(tmp_path / "out")["results"], [0, 0, 0, 4, 20, 0]
+    found, truth = result(tmp_path / "out")["results"], [0, 0, 0, 12, 60, 0]
     assert list(found) == [f"planted/{m}/test/3" for m in (
         "vpt-deep", "planted", "random-relocation", "pro-vpt", "adaptive")]
     ours = found["planted/adaptive/test/3"]

@@ -1021,8 +1021,7 @@ def planted_words(cache, *more):
 
 @pytest.fixture(scope="module")
 def planted_task(cache):
-    # the head that can be taught in the few epochs of a test, see --head-init
-    words = planted_words(cache, "--truth", "0,0,0,4,20,0", "--head-init", "linear")
+    words = planted_words(cache, "--truth", "0,0,0,12,60,0")
     args = pro_vpt.read_arguments(list(map(str, words)))
     run = SimpleNamespace(rank_zero_first=NoRank, progress=lambda items, *_, **__: items,
                           device=torch.device("cpu"),
@@ -1052,7 +1051,7 @@ def test_planted_world(planted_task):
     assert np.bincount(task.train.labels).min() > 50 and task.num_classes == 6
     _, linear = trained(task, args, "linear", 12)
     _, planted = trained(task, args, "planted", 12)
-    _, wrong = trained(task, args, "fixed:20,4,0,0,0,0", 12)
+    _, wrong = trained(task, args, "fixed:60,12,0,0,0,0", 12)
     assert 25 < linear["accuracy"] < 65
     # Every kind of processor trains another small ViT: eight gave 15 to 23 points, std 3
     assert planted["accuracy"] > max(linear["accuracy"], wrong["accuracy"]) + 5
@@ -1061,7 +1060,7 @@ def test_planted_world(planted_task):
 def test_the_teacher_itself_is_what_the_labels_say(planted_task):
     """Other distributions give other labels for the same pictures of one seed."""
     task, _ = planted_task
-    a, b = (data.planted(3, task.vit, truth) for truth in ([0, 0, 0, 4, 20, 0], [0] * 5 + [24]))
+    a, b = (data.planted(3, task.vit, truth) for truth in ([0, 0, 0, 12, 60, 0], [0] * 5 + [72]))
     assert a.train[1].tolist() == task.train.labels[:480].tolist()
     assert np.mean(a.test[1] == b.test[1]) < .6
 
@@ -1377,7 +1376,8 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     shutil.copytree(cache / "cache", tmp_path / "out" / "data" / "cache")
     words = ["benchmarks/pro_vpt_claims.py", "--out", tmp_path / "out", "--seeds", "3", "--truths",
              "1", "--only", "1,2,11,12"]
-    out, _ = finish(start(words[0], [*words[1:], "--epochs", "2", "--grid", ".4"]))
+    out, _ = finish(start(words[0], [*words[1:], "--epochs", "2", "--grid", ".4", "--heads",
+                              "linear"]))
     assert "C0 planted truth above uniform" in out and "C4 adaptive (ours) above uniform" in out
     monkeypatch.setattr(sys, "argv", [str(w) for w in [*words, "--summary"]])
     pro_vpt_claims.main()
@@ -1390,19 +1390,45 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     assert found["truth"] == [0, 0, 0, 12, 60, 0] and sum(ours["counts"]) == 72  # 12 a block
 
 
-def test_tuning_keeps_the_best_rate_of_each_method(tmp_path, monkeypatch):
-    def measure(options, seed, truth, folder, rates, scoring):
-        asked.append((seed, truth, *rates.values()))
-        best = {"a": .2, "b": .4}  # c: all the same
-        return {"results": {name: {"accuracy": seed if best.get(name, rate) == rate else 0}
-                            for name, rate in rates.items()}}
+def test_tuning_keeps_the_best_cell_of_each_method(tmp_path, monkeypatch):
+    grid = [(head, rate) for head in ("vpt", "linear") for rate in (.1, .2, .4)]
+    paper, variant = "PRO-VPT (paper)", "PRO-VPT, Thompson"
+    best = {"uniform": ("vpt", .2), paper: ("linear", .4)}  # planted truth: all the same
 
-    asked = []
+    def measure(options, seed, truth, folder, cells, scoring):
+        asked.append((seed, truth, cells))
+        return {"results": {name: {"accuracy": seed if best.get(name, cell) == cell else 0}
+                            for name, cell in cells.items()}}
+
+    asked, tuned = [], ["uniform", "planted truth", paper]
     monkeypatch.setattr(pro_vpt_claims, "measure", measure)
     for _ in range(2):  # the second time nothing is run
-        assert pro_vpt_claims.tune([], [.1, .2, .4], ["a", "b", "c"], [[6], [7]], tmp_path) \
-            == {"a": .2, "b": .4, "c": .1}
-    assert asked == [(s, t, r, r, r) for r in (.1, .2, .4) for s, t in ((100, [6]), (101, [7]))]
+        assert pro_vpt_claims.tune([], grid, [*tuned, variant], [[6], [7]], tmp_path) == {
+            "uniform": ("vpt", .2), "planted truth": ("vpt", .1), paper: ("linear", .4),
+            variant: ("linear", .4)}  # a variant gets what it varies
+    assert asked == [(s, t, dict.fromkeys(tuned, cell))
+                     for cell in grid for s, t in ((100, [6]), (101, [7]))]
+    assert pro_vpt_claims.tune([], grid[:1], [variant], [[6]], tmp_path) == {variant: grid[0]}
+
+
+@pytest.mark.parametrize("words, said", [
+    ("", []), ("--method linear,vpt-deep --warmup 2 --recipe official --allocator thompson", [
+        "--allocator; --method linear,vpt-deep", "--recipe; ", "--warmup; "]),
+    ("--search --lr .1 --grid-wd 0", ["--lr; --search chooses"]),
+    ("--grid-lr 1,2", ["--grid-lr; they are for --search"]),
+    ("--method linear --prompts 3 --dropout .2", ["--prompts; ", "--dropout; "]),
+    ("--method fixed:1,2,3,4,5,6 --prompts 3 --dropout .2", ["--prompts; "]),
+    ("--method prune-only --recipe official --warmup 2 --workers 2", ["--workers; "])])
+def test_flags_that_change_nothing_are_said(words, said):
+    for script in (pro_vpt, beyond):
+        parser, found = script.build_parser(), []
+        args = parser.parse_args(words.split())
+        given = common.given(parser, args)
+        reasons = script.idle_flags(pro_vpt.resolve(args))
+        assert all(names <= set(vars(args)) for _, names, _ in reasons)
+        common.tell_idle(SimpleNamespace(warn=found.append), given, *reasons)
+        assert len(found) == len(said) and all(
+            a.startswith(f"without effect: {b}") for a, b in zip(found, said, strict=True))
 
 
 @pytest.fixture
