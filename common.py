@@ -65,9 +65,18 @@ class UserError(Exception):
         self.code = code
 
 
-def run_cli(main):
-    """Call `main()`; turn what a user can cause into one line on stderr and an exit code."""
+def run_cli(main, continues=False):
+    """Call `main()`; turn what a user can cause into one line on stderr and an exit code.
+
+    continues: the same command goes on where it was stopped; a Ctrl-C or a kill says so.
+    """
+    def stop(*_):
+        raise UserError("stopped; what has finished is kept, and the same command goes on from "
+                        "there", code=130)
+
     code = 0
+    for caught in (signal.SIGINT, signal.SIGTERM) if continues else ():
+        signal.signal(caught, stop)
     for stream in (sys.stdout, sys.stderr):  # a name that this terminal cannot show ends no run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -249,8 +258,8 @@ def hold_interrupts():
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if pending:
-            raise KeyboardInterrupt
+        if pending and callable(before):
+            before(*pending[0])  # a KeyboardInterrupt, by default
 
 
 def atomic_write(path, write):

@@ -36,6 +36,7 @@ import copy
 import functools
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -223,8 +224,14 @@ def finish(cells, path, work, jobs):
     if jobs == 1:
         append(path, map(work, left))
     elif left:
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        with multiprocessing.get_context("spawn").Pool(jobs, leave_quietly) as pool:
             append(path, pool.imap_unordered(work, left))
+
+
+def leave_quietly():
+    """A process of the pool leaves the Ctrl-C to its parent, and goes when that says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
 def append(path, rows):
@@ -396,4 +403,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    common.run_cli(main, continues=True)

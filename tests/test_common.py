@@ -192,6 +192,26 @@ def test_run_cli_ends_with_0_and_does_not_hide_our_own_mistakes():
         common.run_cli(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize("caught", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_goes_on_says_so_when_it_is_stopped(caught, make_run, tmp_path, capsys):
+    def main():
+        with make_run():  # its own words would name a folder that is of no use
+            common.atomic_write(tmp_path / "row", lambda p: (
+                caught == signal.SIGTERM or signal.raise_signal(caught), p.write_text("whole")))
+            signal.raise_signal(caught)
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            common.run_cli(main, continues=True)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert ended.value.code == 130 and (tmp_path / "row").read_text() == "whole"
+    assert capsys.readouterr().err == (
+        "error: stopped; what has finished is kept, and the same command goes on from there\n")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor([1., math.nan]),
                                    torch.tensor([[-math.inf, 0.]])])
 def test_check_finite_refuses_with_code_3(value):

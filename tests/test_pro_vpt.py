@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import huggingface_hub.constants
@@ -1445,13 +1446,14 @@ def vit_benchmark(tmp_path, monkeypatch):
     tiny_vit().save_pretrained(tmp_path / "vit")
 
     def run(*words):
-        words = ["pro_vpt_vit.py", "--model", tmp_path / "vit", "--data", tmp_path / "own",
-                 "--per-class", "2", "--test-per-class", "3", "--epochs", "2", "--tune-epochs", "1",
-                 "--grid", ".1,1", "--removal-images", "4", "--seeds", "0,1",
-                 "--out-dir", tmp_path / "out", "--prompts", "2", "--batch", "4", *words]
-        monkeypatch.setattr(sys, "argv", [str(w) for w in words])
+        monkeypatch.setattr(sys, "argv", ["pro_vpt_vit.py", *map(str, [*run.words, *words])])
         pro_vpt_vit.main()
         return tmp_path / "out" / "rows.jsonl"
+
+    run.words = ["--model", tmp_path / "vit", "--data", tmp_path / "own", "--per-class", "2",
+                 "--test-per-class", "3", "--epochs", "2", "--tune-epochs", "1", "--grid", ".1,1",
+                 "--removal-images", "4", "--seeds", "0,1", "--out-dir", tmp_path / "out",
+                 "--prompts", "2", "--batch", "4"]
     return run
 
 
@@ -1496,6 +1498,19 @@ def test_the_measurement_on_a_real_vit_continues_where_it_was_cut(vit_benchmark,
         vit_benchmark("--epochs", "3")
     with pytest.raises(common.UserError, match="the class blue has 6 images where 9 are needed"):
         vit_benchmark("--per-class", "6", "--out-dir", path.parent / "other")
+
+
+def test_stopped_with_its_processes_it_keeps_its_rows(vit_benchmark, tmp_path):
+    words = [*vit_benchmark.words, "--tune-epochs", "40", "--jobs", "2"]
+    process, rows = start("benchmarks/pro_vpt_vit.py", words), tmp_path / "out" / "rows.jsonl"
+    for _ in range(PATIENCE * 10):
+        if rows.exists() or process.poll() is not None:
+            break
+        time.sleep(.1)
+    process.terminate()  # not its children: they hold its stderr open, which must come to an end
+    _, err = finish(process, 130)
+    assert err.splitlines()[-1].startswith("error: stopped; what has finished is kept")
+    assert pro_vpt_vit.read_rows(rows) and "leaked" not in err
 
 
 def test_features_made_once_train_the_probe_of_the_script(vit_benchmark, tmp_path):
