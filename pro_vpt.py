@@ -42,11 +42,11 @@ What was found by measuring (tests/test_pro_vpt.py and benchmarks/RESULTS.md hol
        decides whether x 10⁻³ shrinks a prompt: its std after LN is .036 at 1e-6 and 1 at 1e-12.
        (This holds where the class token is read. The authors read MAE by the mean of the patches
        and of the last block's prompts, which reach the loss directly; MAE is refused here.)
-    2  A prompt that was just moved has nearly all of the squared gradient at the next step (95 ± 2%
-       in the small world), so that the joint clip all but stops everything else; at the third step
-       it has 18 ± 7%, from the fifth on 4% or less. At the next scoring pass its |I| is 1.7 ± .3
-       times the median, and it moves again at once in 12 ± 5% of cases (of 24 prompts; chance has
-       4%). benchmarks/pro_vpt_moved.py, 5 seeds.
+    2  A prompt that was just moved has most of the squared gradient at the next two steps (78 ± 12
+       and 84 ± 8% in the small world), so that the joint clip slows everything else; at the third
+       step it has 35 ± 3%, from the fifth on 4% or less. At the next scoring pass its |I| is 2.9 ±
+       1.0 times the median, and it moves again at once in 10 ± 7% of cases (one of 72 prompts by
+       chance: 1.4%). benchmarks/pro_vpt_moved.py, 5 seeds.
     3  PPO normalises two returns, and two normalised numbers are ±.7071: of each two rewards it
        sees the sign of the first only, and the second move's return has the other sign, whatever
        it earned. How large a reward is does not matter.

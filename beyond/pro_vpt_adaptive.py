@@ -221,7 +221,7 @@ def adaptation(training, usefulness=block_usefulness):
         rows = torch.nonzero(block == source)[:, 0]
         k = rows[torch.randint(len(rows), (), generator=generator)].item()
         # Drawn anew and without momentum: at 10⁻³ of its size a prompt has so large a gradient that
-        # the joint clip stops all others (finding 2).
+        # the joint clip holds back all others (finding 2).
         fresh = torch.empty(model.prompts.shape[1]).uniform_(-model.bound, model.bound,
                                                              generator=generator)
         model.prompts.data[k] = fresh.to(model.prompts)
