@@ -18,7 +18,8 @@ claims:
     C0  Distribution matters: the planted number of prompts per block beats the uniform one.
     C1  The paper's algorithm beats uniform and random relocation.
     C2  Each score ranks prompts by what removing them does to the loss (Spearman correlation with
-        the exact change on the training set, of a trained uniform VPT-deep).
+        the exact change on the training set, of a trained uniform VPT-deep); and the idlest prompt
+        stands where none are needed.
     C3  Relocation recovers the planted distribution (Pearson correlation of the prompts per block
         with the truth), for each score and allocator.
     C4  --method adaptive (ours) recovers it, and beats uniform, random relocation and the paper's
@@ -91,8 +92,11 @@ def gradient_scores(model, tokens, labels, eps, dtype, gated=False):
     return found.double().cpu()
 
 
-def compare_scores(model, tokens, labels):
-    """Spearman correlation of each score with the exact change of the loss on one batch (C2)."""
+def compare_scores(model, tokens, labels, truth=None):
+    """Spearman correlation of each score with the exact change of the loss on one batch (C2).
+
+    truth: the planted prompts per block, if known; then also where the idlest prompt stands.
+    """
     exact = beyond.exact_idleness(model, tokens, labels)
     eps = [(e, d) for e in (1e-6, 1e-12) for d in (torch.float32, torch.float64)]
     scores = [gradient_scores(model, tokens, labels, *pair) for pair in eps]
@@ -105,6 +109,13 @@ def compare_scores(model, tokens, labels):
     found["float32 against float64, eps 1e-12"] = pearson(scores[2], scores[3])
     found["largest taylor score / largest exact change"] = float(
         scores[1].abs().max() / exact.abs().max())
+    for name, score in [("taylor", scores[1]), ("exact", exact.double())] if truth else []:
+        planted = torch.tensor([truth[b] > 0 for b in model.block.tolist()])
+        size, idlest = score.abs(), score.argmax()
+        found |= {f"{name}: the idlest prompt is in a planted block": float(planted[idlest]),
+                  f"{name}: size in planted blocks / elsewhere, medians":
+                  float(size[planted].median() / size[~planted].median()),
+                  f"{name}: share of prompts above 0": float((score > 0).double().mean())}
     return found
 
 
@@ -149,7 +160,7 @@ def measure(options, seed, truth, folder, cells, scoring=True):
                   f"{results[name]['accuracy']:.1f}% {results[name]['counts']} "
                   f"{results[name]['cpu_seconds']} CPU-s", file=sys.stderr, flush=True)
             if name == "uniform" and scoring:
-                scores = compare_scores(training.model, task.train.tokens, task.train.labels)
+                scores = compare_scores(training.model, task.train.tokens, task.train.labels, truth)
         vars(args).update(plain)
     return {"seed": seed, "truth": truth, "results": results, "scores": scores}
 
@@ -227,8 +238,9 @@ def summarise(runs):
     runs = [run for run in runs if run["scores"]]
     for key in runs[0]["scores"] if runs else []:
         values = [run["scores"][key] for run in runs]
-        tiny = key.startswith("largest")
-        shown = f"median {statistics.median(values):.0e}" if tiny else spread(values, 3)
+        tiny, ratio = key.startswith("largest"), "/" in key
+        shown = f"median {statistics.median(values):.0e}" if tiny else \
+            f"median {statistics.median(values):.2f}" if ratio else spread(values, 3)
         print(f"| {key} | {shown} |")
 
 

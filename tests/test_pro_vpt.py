@@ -1386,6 +1386,8 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     found = json.loads((tmp_path / "out" / "seed3-truth1.json").read_text())
     assert abs(found["scores"]["taylor, eps 1e-6, float64"]) <= 1
     assert found["scores"]["float32 against float64, eps 1e-6"] > .9
+    assert found["scores"]["exact: the idlest prompt is in a planted block"] in (0, 1)
+    assert 0 < found["scores"]["taylor: share of prompts above 0"] < 1
     ours, control = (found["results"][n] for n in ("adaptive (ours)", pro_vpt_claims.CONTROL))
     assert control["counts"] != ours["counts"] and control["moves"] > 0  # towards other blocks
     assert found["truth"] == [0, 0, 0, 12, 60, 0] and sum(ours["counts"]) == 72  # 12 a block
