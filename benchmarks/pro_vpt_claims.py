@@ -58,15 +58,15 @@ PLAN = {
     "PRO-VPT, running scores": ("pro-vpt", {"scores": "running"}),
     "PRO-VPT, post-LN score": ("pro-vpt", {"idleness": "post-ln"}),
     "PRO-VPT, norm score": ("pro-vpt", {"idleness": "norm"}),
+    "PRO-VPT, size of the score": ("pro-vpt", {"idleness": "size"}),
+    "PRO-VPT, size, greedy": ("pro-vpt", {"idleness": "size", "allocator": "greedy"}),
     "PRO-VPT, exact score, greedy": ("pro-vpt", {"idleness": "exact", "allocator": "greedy"}),
     "adaptive (ours)": ("adaptive", {}),
     "adaptive, random blocks": ("adaptive", {}),
 }
 CONTROL = "adaptive, random blocks"  # the same moves, towards blocks that nobody measured
-TUNED_AS = {CONTROL: "adaptive (ours)", "PRO-VPT, Thompson": "PRO-VPT (paper)",
-            "PRO-VPT, running scores": "PRO-VPT (paper)",
-            "PRO-VPT, post-LN score": "PRO-VPT (paper)", "PRO-VPT, norm score": "PRO-VPT (paper)",
-            "PRO-VPT, exact score, greedy": "PRO-VPT (paper)"}
+TUNED_AS = {CONTROL: "adaptive (ours)", **{
+    name: "PRO-VPT (paper)" for name in PLAN if name.startswith("PRO-VPT, ")}}
 SCORES = ["taylor, eps 1e-6, float32", "taylor, eps 1e-6, float64", "taylor, eps 1e-12, float32",
           "taylor, eps 1e-12, float64", "norm", "post-ln", "taylor, minus its size",
           "post-ln, minus its size"]

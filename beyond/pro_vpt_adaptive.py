@@ -18,6 +18,7 @@ What it adds
     --method adaptive      block_usefulness, planned_moves, adaptation
     --idleness exact       exact_idleness: the true change of the loss, one forward pass a prompt
     --idleness norm        minus the length of a prompt; the gradient has moved those that matter
+    --idleness size        minus the size of E2: its sign hardly says whether a prompt helps
     --idleness post-ln     GatedViT: the gate behind LayerNorm, so that no ε is in the score
     --scores running       watch: E2 summed up while training; saves the scoring pass
     --allocator greedy     the block whose prompts are the least idle gets the prompt; or random
@@ -102,6 +103,12 @@ def exact_pass(training):
 def norm_pass(training):
     """Minus the length of every prompt; the pass is for the loss only."""
     return training.recipe["score"](training, score=lambda prompts, _: -prompts.norm(dim=-1))
+
+
+def size_pass(training):
+    """Minus the size of E2."""
+    scores, loss = training.recipe["score"](training)
+    return -scores.abs(), loss
 
 
 def gate_pass(training):
@@ -243,8 +250,8 @@ def clear_momentum(training, k):
 # ================================================================================================
 
 # name -> function(training) -> scores (N,), loss; None: the recipe's own scoring pass
-SCORES = {"taylor": None, "norm": norm_pass, "post-ln": gate_pass, "exact": exact_pass,
-          "running": running_scores}
+SCORES = {"taylor": None, "norm": norm_pass, "size": size_pass, "post-ln": gate_pass,
+          "exact": exact_pass, "running": running_scores}
 
 
 def move(training, prompts, block, k, target):
@@ -261,7 +268,8 @@ def with_our_flags(relocation, *wanted):
         args = training.args
         if (training.epoch - args.warmup) % args.relocate_every == 0:
             ours = {"score": SCORES["running" if args.scores == "running" else args.idleness],
-                    "least": -math.inf if args.idleness == "norm" else 0.0,  # lengths are all < 0
+                    # lengths and sizes are all < 0
+                    "least": -math.inf if args.idleness in ("norm", "size") else 0.0,
                     "move": functools.partial(move, training)}
             relocation(training, **{name: ours[name] for name in wanted})
     return relocate
@@ -287,7 +295,7 @@ def build_parser():
     """The flags of pro_vpt.py, and ours."""
     parser = pro_vpt.build_parser(__doc__, PARTS)
     add = parser.group("beyond the paper")
-    add("--idleness", ["taylor", "norm", "post-ln", "exact"], "taylor",
+    add("--idleness", ["taylor", "norm", "size", "post-ln", "exact"], "taylor",
         "pro-vpt, prune-only: the score; taylor is the paper's")
     add("--scores", ["pass", "running"], "pass",
         "a pass of its own (paper), or summed up while training: half the time")

@@ -97,6 +97,14 @@ def test_the_norm_score_takes_the_shortest_prompt_and_the_loss_of_a_pass():
     assert loss == pro_vpt.score_pass(paper)[1]
 
 
+def test_the_size_of_the_score_takes_the_prompt_nearest_to_nothing():
+    training, paper = make_training("--idleness", "size"), make_papers_training()
+    scores, loss = beyond.size_pass(training)
+    plain, same = pro_vpt.score_pass(paper)
+    assert scores.argmax() == plain.abs().argmin() and loss == same and (plain > 0).any()
+    assert torch.equal(scores, -plain.abs())
+
+
 def test_running_scores_are_those_of_the_gradients_while_training():
     training = make_training("--scores", "running", "--lr", "1e-12")  # nothing moves: a pass
     lists, peer = lists_of(training, "train"), plain_copy(training.model)
@@ -189,9 +197,10 @@ def test_a_checkpoint_holds_what_a_relocation_remembers(method, options, tmp_pat
 
 
 @pytest.mark.parametrize("options", [
-    ["--idleness", "norm"], ["--idleness", "post-ln"], ["--idleness", "exact"],
-    ["--allocator", "greedy"], ["--allocator", "random"], ["--relocate-every", "3"],
-    ["--move-scale", "1"], ["--reset-momentum"], ["--scores", "running"]], ids=" ".join)
+    ["--idleness", "norm"], ["--idleness", "size"], ["--idleness", "post-ln"],
+    ["--idleness", "exact"], ["--allocator", "greedy"], ["--allocator", "random"],
+    ["--relocate-every", "3"], ["--move-scale", "1"], ["--reset-momentum"],
+    ["--scores", "running"]], ids=" ".join)
 def test_options_change_the_run(options):
     papers, plain_run, other = (pro_vpt.train(training, lambda now: None) for training in (
         make_papers_training("--epochs", "14"), make_training("--epochs", "14"),

@@ -1376,7 +1376,7 @@ def test_the_claims_run_and_continue(cache, planted_task, tmp_path, monkeypatch,
     (tmp_path / "out" / "data").mkdir(parents=True)
     shutil.copytree(cache / "cache", tmp_path / "out" / "data" / "cache")
     words = ["benchmarks/pro_vpt_claims.py", "--out", tmp_path / "out", "--seeds", "3", "--truths",
-             "1", "--only", "1,2,11,12"]
+             "1", "--only", "1,2,13,14"]
     out, _ = finish(start(words[0], [*words[1:], "--epochs", "2", "--grid", ".4", "--heads",
                               "linear"]))
     assert "C0 planted truth above uniform" in out and "C4 adaptive (ours) above uniform" in out
