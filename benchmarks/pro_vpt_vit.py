@@ -12,11 +12,11 @@ that were under way.
 
 Protocol, fixed before any held-out seed was run
     Sets       --per-class training and --test-per-class test pictures of every class, drawn by the
-               seed; --data twice: two numbers each. Default 20 and 50 (for 10 classes), then 3 and
-               10 (for 100).
+               seed; --data twice: two numbers each. Default 20 and 50 (for 10 classes), then 2 and
+               10 (for 100), so that both sets have 200 training pictures.
     Model      10 prompts in each block: N = 120 with 12 blocks. Dropout .1, momentum .9, weight
-               decay 1e-4, joint clip .25, as in pro_vpt.py. Batch 16, so that there are 13 to 19
-               steps between two moves, as in the paper (1,000 / 64).
+               decay 1e-4, joint clip .25, as in pro_vpt.py. Batch 16, so that there are 13
+               steps between two moves, about as in the paper (1,000 / 64).
     Epochs     32, at most one move each, from the second on: 31 moves of 120 prompts, .26 a prompt
                (the paper 99 of 240, .41). 16 in tuning.
     Tuning     every method gets the same grid: 4 learning rates x 2 first draws of the head. Seed
@@ -330,7 +330,7 @@ def read_arguments():
     add = parser.add_argument
     add("--model", help="a transformers ViT: hub id or directory")
     add("--data", type=Path, action="append", default=[], help="a folder of pictures; once or more")
-    add("--per-class", default="20,3", help="training images, for each --data; %(default)s")
+    add("--per-class", default="20,2", help="training images, for each --data; %(default)s")
     add("--test-per-class", default="50,10", help="test images, for each --data; %(default)s")
     add("--epochs", type=int, default=32, help="of a held-out training; default %(default)s")
     add("--tune-epochs", type=int, default=16, help="of a tuning training; default %(default)s")

@@ -24,18 +24,19 @@ What it adds
     --allocator greedy     the block whose prompts are the least idle gets the prompt; or random
     --relocate-every, --move-scale, --reset-momentum      the paper's loop, moved less or otherwise
 
-Results (benchmarks/pro_vpt_claims.py; small world, 25 pairs of 5 seeds and 5 planted distributions;
-with --head-init linear, and being measured anew with the authors' draw of the head)
+Results (benchmarks/pro_vpt_claims.py; small world, 25 pairs of 5 seeds and 5 planted distributions,
+learning rate and head chosen for each method on others)
                            accuracy      correlation of the counts with the planted truth
-    uniform (VPT-deep)     56.6 ± 4.5    -
-    PRO-VPT                47.6 ± 5.2    -.42 ± .34
-    random relocation      52.7 ± 4.2     .01 ± .44
-    adaptive               63.1 ± 6.2     .83 ± .20
-      towards random blocks instead: 52.2 ± 7.1, so it is where the prompts go, not how they move
-    planted truth          66.5 ± 3.3    1.00
-    exact and greedy in the paper's loop (16 pairs): 58.8 ± 3.8, .80 ± .19. The loop is sound; it is
-    the first-order score that misleads it. Adaptive costs a fifth to a quarter more than uniform.
-    A block that has lost all its prompts shows no usefulness: an early mistake is not mended.
+    uniform (VPT-deep)     48.3 ± 4.9    -
+    PRO-VPT                45.5 ± 4.6    -.39 ± .37
+    random relocation      46.6 ± 4.8     .03 ± .42
+    adaptive               53.1 ± 7.0     .64 ± .37
+      towards random blocks instead: 48.5 ± 6.3, so it is where the prompts go, not how they move
+    planted truth          65.0 ± 3.4    1.00
+    In the paper's loop, with a greedy allocator: exact scores 48.9 ± 4.7, .50 ± .42; the size of
+    the paper's score 47.6 ± 4.5, .51 ± .47. So it is the score's sign that misleads the loop.
+    Adaptive costs 1.4 times as much as uniform. A block that has lost all its prompts shows no
+    usefulness: an early mistake is not mended.
 """
 import functools
 import math
