@@ -1,7 +1,6 @@
 """beyond/pro_vpt_adaptive.py: measured scores against oracles, the control, the command."""
 import functools
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +21,10 @@ from test_pro_vpt import (
 from test_pro_vpt import make_model as make_papers_model
 from test_pro_vpt import make_training as make_papers_training
 
-import common
 import pro_vpt
 from benchmarks import pro_vpt_plain as plain
 from beyond import pro_vpt_adaptive as beyond
-from tools import ROOT, exit_code, finish, kill, result, start
+from tools import ROOT, exit_code, finish, kill, result, says_idle, start
 
 SCRIPT = "beyond/pro_vpt_adaptive.py"
 
@@ -230,13 +228,7 @@ def cache(tmp_path_factory):
     ("--method random-relocation --move-scale .1 --scores running --score-images 9",
      ["--scores; scores", "--score-images; "])])
 def test_flags_that_change_nothing_are_said(words, said):
-    parser, found = beyond.build_parser(), []
-    args = parser.parse_args(words.split())
-    given = common.given(parser, args)
-    common.tell_idle(SimpleNamespace(warn=found.append), given,
-                     *beyond.idle_flags(beyond.settle(args)))
-    assert len(found) == len(said) and all(
-        a.startswith(f"without effect: {b}") for a, b in zip(found, said, strict=True))
+    assert says_idle(beyond.build_parser(), beyond.settle, beyond.idle_flags, words.split(), said)
 
 
 def test_the_default_compares_adaptive_which_recovers_what_was_planted(cache, tmp_path, capsys):

@@ -35,6 +35,7 @@ from tools import (
     keep_figures,
     kill,
     result,
+    says_idle,
     start,
     torchrun,
     wait_for_rows,
@@ -1384,15 +1385,7 @@ IDLE = [
 @pytest.mark.parametrize("case", IDLE, ids=lambda case: " ".join(case[0]))
 def test_flags_that_change_nothing_are_said(case):
     flags, *lines = case
-    parser, found = elsa.build_parser(), []
-    args = parser.parse_args(flags)
-    given = common.given(parser, args)
-    reasons = elsa.idle_flags(elsa.resolve(args))
-    assert all(names <= set(vars(args)) for _, names, _ in reasons)
-    common.tell_idle(SimpleNamespace(warn=found.append), given, *reasons)
-    assert len(found) == len(lines)
-    for text, words in zip(found, lines, strict=True):
-        assert text.startswith(f"without effect: {words}")
+    assert says_idle(elsa.build_parser(), elsa.resolve, elsa.idle_flags, flags, lines)
 
 
 def test_what_the_placement_cannot_keep_is_said_or_refused(small, tmp_path):

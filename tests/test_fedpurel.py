@@ -24,7 +24,7 @@ import data
 import fedpurel
 from benchmarks import fedpurel_claims
 from benchmarks import fedpurel_plain as plain
-from tools import PATIENCE, ROOT, complaints, exit_code, faults, keep_figures, result
+from tools import PATIENCE, ROOT, complaints, exit_code, faults, keep_figures, result, says_idle
 
 KINDS = ["prompt", "lora", "adapter"]
 CLASSES, CLIENT_SIZES, TEST_SIZES = 5, (10, 13, 3), (6, 5, 7)
@@ -913,14 +913,8 @@ def test_a_long_tail_is_cut_out_of_the_training_part_only(order):
     ("--n-ctx 8 --rank 4", ["--n-ctx; --peft adapter", "--rank; --peft adapter"]),
     ("--no-residual --lam .5", ["--lam; --no-residual"])])
 def test_flags_that_change_nothing_are_said(words, said):
-    parser, found = fedpurel.build_parser(), []
-    args = parser.parse_args(words.split())
-    given = common.given(parser, args)
-    reasons = fedpurel.idle_flags(fedpurel.resolve(args))
-    assert all(names <= set(vars(args)) for _, names, _ in reasons)
-    common.tell_idle(SimpleNamespace(warn=found.append), given, *reasons)
-    assert len(found) == len(said) and all(
-        a.startswith(f"without effect: {b}") for a, b in zip(found, said, strict=True))
+    assert says_idle(fedpurel.build_parser(), fedpurel.resolve, fedpurel.idle_flags, words.split(),
+                     said)
 
 
 # ================================================================================================

@@ -40,6 +40,7 @@ from tools import (
     kill,
     result,
     run_in_one_and_two_processes,
+    says_idle,
     start,
     tick_labels,
     wait_for_rows,
@@ -1424,14 +1425,8 @@ def test_tuning_keeps_the_best_cell_of_each_method(tmp_path, monkeypatch):
     ("--method prune-only --recipe official --warmup 2 --workers 2", ["--workers; "])])
 def test_flags_that_change_nothing_are_said(words, said):
     for script in (pro_vpt, beyond):
-        parser, found = script.build_parser(), []
-        args = parser.parse_args(words.split())
-        given = common.given(parser, args)
-        reasons = script.idle_flags(pro_vpt.resolve(args))
-        assert all(names <= set(vars(args)) for _, names, _ in reasons)
-        common.tell_idle(SimpleNamespace(warn=found.append), given, *reasons)
-        assert len(found) == len(said) and all(
-            a.startswith(f"without effect: {b}") for a, b in zip(found, said, strict=True))
+        assert says_idle(script.build_parser(), pro_vpt.resolve, script.idle_flags, words.split(),
+                         said)
 
 
 @pytest.fixture

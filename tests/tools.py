@@ -84,6 +84,17 @@ def exit_code(main, words):
     return stop.value.code
 
 
+def says_idle(parser, settle, idle_flags, words, said):
+    """Do the notes on flags without effect begin with `said`, one each, for a command's words?"""
+    args, found = parser.parse_args(words), []
+    given = common.given(parser, args)
+    reasons = idle_flags(settle(args))
+    assert all(names <= set(vars(args)) for _, names, _ in reasons)
+    common.tell_idle(types.SimpleNamespace(warn=found.append), given, *reasons)
+    return len(found) == len(said) and all(
+        a.startswith(f"without effect: {b}") for a, b in zip(found, said, strict=True))
+
+
 def complaints(err):
     """The lines of stderr that do not say what was read ("pictures: ..", "texts: ..", ...)."""
     return [line for line in err.splitlines()
