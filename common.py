@@ -258,8 +258,8 @@ def hold_interrupts():
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if pending and callable(before):
-            before(*pending[0])  # a KeyboardInterrupt, by default
+        if pending and before != signal.SIG_IGN:
+            (before if callable(before) else signal.default_int_handler)(*pending[0])
 
 
 def atomic_write(path, write):

@@ -15,8 +15,8 @@ Protocol, fixed before any held-out seed was run
                seed; --data twice: two numbers each. Default 20 and 50 (for 10 classes), then 2 and
                10 (for 100), so that both sets have 200 training pictures.
     Model      10 prompts in each block: N = 120 with 12 blocks. Dropout .1, momentum .9, weight
-               decay 1e-4, joint clip .25, as in pro_vpt.py. Batch 16, so that there are 13
-               steps between two moves, about as in the paper (1,000 / 64).
+               decay 1e-4, joint clip .25, as in pro_vpt.py. Batch 16, so that there are 13 steps
+               between two moves (the paper 1,000 / 64: 16).
     Epochs     32, at most one move each, from the second on: 31 moves of 120 prompts, .26 a prompt
                (the paper 99 of 240, .41). 16 in tuning.
     Tuning     every method gets the same grid: 4 learning rates x 2 first draws of the head. Seed

@@ -18,7 +18,7 @@ What it adds
     --method adaptive      block_usefulness, planned_moves, adaptation
     --idleness exact       exact_idleness: the true change of the loss, one forward pass a prompt
     --idleness norm        minus the length of a prompt; the gradient has moved those that matter
-    --idleness size        minus the size of E2: its sign hardly says whether a prompt helps
+    --idleness size        minus the size of E2: in the small world its sign hardly says anything
     --idleness post-ln     GatedViT: the gate behind LayerNorm, so that no ε is in the score
     --scores running       watch: E2 summed up while training; saves the scoring pass
     --allocator greedy     the block whose prompts are the least idle gets the prompt; or random
